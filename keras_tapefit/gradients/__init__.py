@@ -1,0 +1,8 @@
+"""What flows: gradients by variable, the targets that select them, unit axes."""
+
+from keras_tapefit.gradients.gradients import Gradients as Gradients
+from keras_tapefit.gradients.targets import Targets as Targets
+from keras_tapefit.gradients.targets import deserialize_targets as deserialize_targets
+from keras_tapefit.gradients.targets import matching as matching
+from keras_tapefit.gradients.targets import serialize_targets as serialize_targets
+from keras_tapefit.gradients.targets import variable_path as variable_path

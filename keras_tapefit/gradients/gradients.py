@@ -1,0 +1,297 @@
+"""`Gradients`: the only place that knows `None` and `tf.IndexedSlices`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.gradients import norms as _norms
+from keras_tapefit.gradients import sparse as _sparse
+from keras_tapefit.gradients import targets as _targets
+
+
+class VariablePath(str):
+    """A variable's path that knows its variable."""
+
+    variable: Any
+
+    def __new__(cls, variable: Any) -> VariablePath:
+        self = super().__new__(cls, _targets.variable_path(variable))
+        self.variable = variable
+        return self
+
+    @property
+    def path(self) -> str:
+        return str(self)
+
+
+class Gradients:
+    """The gradients of a model's variables: ordered, immutable, by variable or path.
+
+    A gradient is a `tf.Tensor` of its variable's shape, a `tf.IndexedSlices` (the
+    gradient of an embedding lookup), or `None` where the loss does not depend on the
+    variable. The methods take care of the last two, so a hook reads like its formula.
+
+    Args:
+        gradients_and_variables: pairs `(gradient, variable)`, as an optimizer takes
+            them. Sparse gradients may repeat a row; its slices add up.
+
+    Raises:
+        TypeError: when a pair does not hold a gradient and a variable.
+        ValueError: when a gradient's shape is not its variable's.
+
+    Example:
+
+    ```python
+    w = keras.Variable([[3.0], [4.0]], name="w")
+    gradients = Gradients([(tf.constant([[3.0], [4.0]]), w)])
+    gradients["w"]                       # the tensor; gradients[w] is the same
+    float(gradients.global_norm())       # 5.0
+    clipped = gradients.scale(1 / 5)     # norm 1
+    ```
+    """
+
+    def __init__(
+        self,
+        gradients_and_variables: Iterable[tuple[Any, Any]],
+        *,
+        unique_rows: bool = False,
+    ) -> None:
+        pairs = [_checked(pair) for pair in gradients_and_variables]
+        self._values = [gradient for gradient, _ in pairs]
+        self._variables = [variable for _, variable in pairs]
+        self._unique_rows = unique_rows or not any(
+            isinstance(g, tf.IndexedSlices) for g in self._values
+        )
+        self._norm_cache: tuple[Any, tf.Tensor] | None = None
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables, in order."""
+        return list(self._variables)
+
+    def values(self) -> list[Any]:
+        """The gradients, in the order of `variables`."""
+        return list(self._values)
+
+    def keys(self) -> list[VariablePath]:
+        """The variables' paths, in order; each is a `str` with a `.variable`."""
+        return [VariablePath(variable) for variable in self._variables]
+
+    def items(self) -> list[tuple[VariablePath, Any]]:
+        """Pairs of a variable's path and its gradient, in order."""
+        return list(zip(self.keys(), self._values, strict=True))
+
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Pairs `(gradient, variable)`, as an optimizer takes them."""
+        return list(zip(self._values, self._variables, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __iter__(self) -> Iterator[VariablePath]:
+        return iter(self.keys())
+
+    def __contains__(self, key: Any) -> bool:
+        return self._position(key) is not None
+
+    def __getitem__(self, key: Any) -> Any:
+        """Returns the gradient of a variable.
+
+        Args:
+            key: the variable, its path, or the end of its path from a `/` on where
+                only one variable's path ends so.
+
+        Raises:
+            KeyError: when there is no such variable.
+        """
+        position = self._position(key)
+        if position is None:
+            name = key if isinstance(key, str) else _targets.variable_path(key)
+            raise KeyError(
+                f"No gradient for {name!r}. The variables are: "
+                f"{', '.join(map(repr, self.keys())) or '(none)'}."
+            )
+        return self._values[position]
+
+    def _position(self, key: Any) -> int | None:
+        if not isinstance(key, str):
+            found = [
+                i for i, v in enumerate(self._variables) if _targets.same_variable(v, key)
+            ]
+            return found[0] if found else None
+        paths = self.keys()
+        if key in paths:
+            return paths.index(key)  # type: ignore[arg-type]
+        ends = [i for i, path in enumerate(paths) if path.endswith("/" + key)]
+        return ends[0] if len(ends) == 1 else None
+
+    def __repr__(self) -> str:
+        lines = (
+            f"  {path}: {_describe_gradient(gradient)}" for path, gradient in self.items()
+        )
+        return "Gradients(\n" + "\n".join(lines) + "\n)"
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *rest: Sequence[Any],
+        keeps_zero: bool | Sequence[bool] = False,
+    ) -> Gradients:
+        """Applies a function to each gradient; `None` stays `None`.
+
+        Args:
+            fn: takes a gradient, and one element of each of `rest`, and returns a
+                tensor of the same shape.
+            rest: sequences in the order of `variables` (`gradients.variables` itself,
+                say), or other `Gradients` of the same variables.
+            keeps_zero: whether `fn` works on each row by itself and maps zero to zero;
+                one bool, or one a variable. A sparse gradient then stays sparse: `fn`
+                sees its rows, duplicates summed, and the same rows of variables in
+                `rest`. Otherwise it is made dense first.
+
+        Returns:
+            New `Gradients` of the same variables.
+
+        Example:
+
+        ```python
+        signs = gradients.map(tf.sign, keeps_zero=True)
+        decayed = gradients.map(lambda g, v: g + 1e-4 * v, gradients.variables)
+        ```
+        """
+        flags = [keeps_zero] * len(self) if isinstance(keeps_zero, bool) else keeps_zero
+        source = self.with_unique_rows() if any(flags) else self
+        columns = [r.values() if isinstance(r, Gradients) else r for r in rest]
+
+        def mapped(gradient: Any, by_row: bool, *others: Any) -> Any:
+            if gradient is None:
+                return None
+            if not (by_row and isinstance(gradient, tf.IndexedSlices)):
+                return fn(_sparse.to_dense(gradient), *others)
+            rows = [
+                tf.gather(other, gradient.indices) if _targets.is_variable(other) else other
+                for other in others
+            ]
+            return _sparse.with_values(gradient, fn(gradient.values, *rows))
+
+        rows = zip(source._values, flags, *columns, strict=True)
+        return source._with([mapped(*row) for row in rows])
+
+    def scale(self, factor: Any) -> Gradients:
+        """Multiplies every gradient by a scalar; sparse gradients stay sparse."""
+
+        def scaled(gradient: Any) -> Any:
+            if gradient is None:
+                return None
+            values = _sparse.values_of(gradient)
+            # In float32 for half precision: a factor such as 1e-5 is 0 in float16.
+            product = _norms.wide(values) * tf.cast(factor, _norms.wide(values).dtype)
+            return _sparse.with_values(gradient, tf.cast(product, values.dtype))
+
+        return self._with([scaled(g) for g in self._values])
+
+    def select(self, targets: _targets.Targets) -> Gradients:
+        """Returns the gradients of the variables that `targets` selects.
+
+        Args:
+            targets: a layer, a variable, a predicate on a variable, a glob on
+                `variable.path`, or a list of these.
+
+        Raises:
+            ValueError: when a target matches nothing.
+        """
+        return self._subset(_targets.matching(targets, self._variables))
+
+    def updated(self, other: Gradients) -> Gradients:
+        """Returns these gradients with those of `other` in their place."""
+        replacement = {id(v): g for g, v in other.pairs()}
+        merged = [replacement.get(id(v), g) for g, v in self.pairs()]
+        return self._with(merged, unique_rows=self._unique_rows and other._unique_rows)
+
+    def with_unique_rows(self) -> Gradients:
+        """Sums duplicate rows of sparse gradients, so that values can be looked at."""
+        if self._unique_rows:
+            return self
+        summed = [
+            None if g is None else _sparse.sum_duplicates(g, v.shape[0])
+            for g, v in self.pairs()
+        ]
+        return self._with(summed, unique_rows=True)
+
+    def global_norm(self) -> tf.Tensor:
+        """Returns `sqrt(Σ g²)` over all gradients: a scalar, float32 or wider.
+
+        `None` counts as zero, duplicate rows are summed first, and neither huge nor
+        tiny finite gradients overflow or underflow. It is computed once, however
+        often it is asked for.
+        """
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if self._norm_cache is None or self._norm_cache[0] is not graph:
+            self._norm_cache = (graph, _norms.joint_norm(self._dense_values()))
+        return self._norm_cache[1]
+
+    def norms(self) -> dict[str, tf.Tensor]:
+        """Returns each gradient's norm by the variable's path; `None` is left out."""
+        unique = self.with_unique_rows()
+        return {
+            path: _norms.joint_norm([_sparse.values_of(g)])
+            for path, g in unique.items()
+            if g is not None
+        }
+
+    def all_finite(self) -> tf.Tensor:
+        """Returns a scalar bool: no gradient holds NaN or an infinity."""
+        checks = [
+            tf.reduce_all(tf.math.is_finite(_sparse.values_of(g)))
+            for g in self._values
+            if g is not None
+        ]
+        return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
+
+    def _dense_values(self) -> list[tf.Tensor]:
+        unique = self.with_unique_rows()
+        return [_sparse.values_of(g) for g in unique._values if g is not None]
+
+    def _subset(self, positions: Sequence[int]) -> Gradients:
+        return Gradients(
+            [(self._values[i], self._variables[i]) for i in positions],
+            unique_rows=self._unique_rows,
+        )
+
+    def _with(self, values: Sequence[Any], unique_rows: bool | None = None) -> Gradients:
+        kept = self._unique_rows if unique_rows is None else unique_rows
+        return Gradients(zip(values, self._variables, strict=True), unique_rows=kept)
+
+
+def _checked(pair: Any) -> tuple[Any, Any]:
+    try:
+        gradient, variable = pair
+    except (TypeError, ValueError):
+        gradient = variable = None
+    if not _targets.is_variable(variable):
+        raise TypeError(
+            "Gradients are made of pairs `(gradient, variable)`. "
+            f"Received: {pair!r} (of type {type(pair).__name__})."
+        )
+    if gradient is None or isinstance(gradient, tf.IndexedSlices):
+        return gradient, variable
+    if not tf.is_tensor(gradient):
+        gradient = tf.convert_to_tensor(gradient)
+    if not gradient.shape.is_compatible_with(variable.shape):
+        raise ValueError(
+            f"The gradient of {_targets.variable_path(variable)!r} must have the "
+            f"variable's shape {tuple(variable.shape)}. "
+            f"Received: a gradient of shape {tuple(gradient.shape)}."
+        )
+    return gradient, variable
+
+
+def _describe_gradient(gradient: Any) -> str:
+    if gradient is None:
+        return "None"
+    kind = "sparse, " if isinstance(gradient, tf.IndexedSlices) else ""
+    values = _sparse.values_of(gradient)
+    return f"{kind}shape={tuple(gradient.shape)}, dtype={values.dtype.name}"

@@ -1,0 +1,52 @@
+"""Arithmetic on `tf.IndexedSlices`, the gradient of a lookup."""
+
+import tensorflow as tf
+
+Gradient = tf.Tensor | tf.IndexedSlices
+
+
+def sum_duplicates(gradient: Gradient, num_rows: int) -> Gradient:
+    """Sums the rows of a sparse gradient that share an index.
+
+    The first slice of each index gets the sum and the others zero, so shapes stay
+    static: the result compiles with XLA and needs no sort. Anything read from the
+    values afterwards (a norm, a square, a maximum) is what the dense gradient gives.
+
+    Args:
+        gradient: a tensor, returned as it is, or `tf.IndexedSlices`.
+        num_rows: rows of the variable, the bound of the indices.
+
+    Returns:
+        A gradient of the same type and shapes.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    indices = tf.cast(gradient.indices, tf.int32)
+    num_slices = tf.shape(indices)[0]
+    positions = tf.range(num_slices)
+    first = tf.gather(
+        tf.math.unsorted_segment_min(positions, indices, num_rows), indices
+    )
+    values = tf.math.unsorted_segment_sum(gradient.values, first, num_slices)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+
+
+def to_dense(gradient: Gradient) -> tf.Tensor:
+    """Returns the gradient as a tensor of the variable's shape."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    # Through a scatter: `tf.convert_to_tensor` warns that this may take memory.
+    shape = tf.cast(gradient.dense_shape, gradient.indices.dtype)
+    return tf.scatter_nd(gradient.indices[:, tf.newaxis], gradient.values, shape)
+
+
+def values_of(gradient: Gradient) -> tf.Tensor:
+    """Returns the numbers a gradient stores: the slices of a sparse one."""
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def with_values(gradient: Gradient, values: tf.Tensor) -> Gradient:
+    """Returns a gradient like `gradient` that stores `values`."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return values

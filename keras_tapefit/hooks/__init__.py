@@ -1,0 +1,17 @@
+"""What is done to gradients between the backward pass and the update."""
+
+from keras_tapefit.hooks.base import GradientHook as GradientHook
+from keras_tapefit.hooks.clipping import AdaptiveClipping as AdaptiveClipping
+from keras_tapefit.hooks.clipping import BlockRMSClipping as BlockRMSClipping
+from keras_tapefit.hooks.clipping import GlobalNormClipping as GlobalNormClipping
+from keras_tapefit.hooks.clipping import NormClipping as NormClipping
+from keras_tapefit.hooks.clipping import ValueClipping as ValueClipping
+from keras_tapefit.hooks.freezing import Freezing as Freezing
+from keras_tapefit.hooks.function import LambdaHook as LambdaHook
+from keras_tapefit.hooks.gating import SkipNonFinite as SkipNonFinite
+from keras_tapefit.hooks.hook_list import HookHandle as HookHandle
+from keras_tapefit.hooks.hook_list import HookList as HookList
+from keras_tapefit.hooks.monitoring import GradientMonitor as GradientMonitor
+from keras_tapefit.hooks.number import Number as Number
+from keras_tapefit.hooks.shaping import GradientNoise as GradientNoise
+from keras_tapefit.hooks.shaping import GradientScaling as GradientScaling

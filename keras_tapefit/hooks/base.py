@@ -1,0 +1,288 @@
+"""`GradientHook`: what is done to gradients between backward pass and update."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import keras
+import tensorflow as tf
+
+from keras_tapefit.gradients import Gradients, Targets, deserialize_targets, serialize_targets
+from keras_tapefit.gradients.targets import check_targets, matching
+from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
+from keras_tapefit.hooks.step import Report, current_step
+
+
+class GradientHook:
+    """Base class of gradient hooks.
+
+    A hook gets the true gradients of a step, summed over replicas and without loss
+    scale, and returns what the next hook or the optimizer is to see. It runs once a
+    step, in every mode that `fit` has, so `apply` must be made of TensorFlow or
+    `keras.ops` operations.
+
+    Subclasses implement `apply`, and `build` where they keep state. A subclass whose
+    `apply` calls `skip_step` says so with `may_skip_steps = True`.
+
+    Args:
+        targets: the variables the hook is for: a layer, a variable, a predicate on a
+            variable, a glob on `variable.path`, or a list of these. `None`: all.
+        name: the hook's name in `model.gradient_hooks`; by default the class name in
+            snake case.
+
+    Raises:
+        TypeError: when `targets` or `name` is of the wrong type.
+
+    Example:
+
+    ```python
+    class SignGradient(hooks.GradientHook):
+        def apply(self, gradients):
+            return gradients.map(tf.sign)
+
+    model.register_gradient_hook(SignGradient(targets="encoder/*"))
+    ```
+    """
+
+    may_skip_steps: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
+        self = super().__new__(cls)
+        # Made here, so that a subclass may assign numbers before `super().__init__`.
+        self._number_variables: dict[str, keras.Variable] = {}
+        self._variables: list[keras.Variable] = []
+        self._lasting: list[keras.Variable] = []
+        self._structure = 0
+        self._built_for: list[int] | None = None
+        self._model_variables: list[Any] | None = None
+        self._positions: list[int] = []
+        self._units: Callable[[Any], Any] | None = None
+        self.targets: Targets = None
+        self._name: str | None = None
+        self._registered_name: str | None = None
+        return self
+
+    def __init__(self, targets: Targets = None, name: str | None = None) -> None:
+        check_targets(targets)
+        if name is not None and (not isinstance(name, str) or not name):
+            raise TypeError(f"`name` must be a string. Received: name={name!r}.")
+        self.targets = targets
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """The hook's name: as given, or from its class, unique in its list."""
+        return self._registered_name or self._name or self._default_name()
+
+    @classmethod
+    def _default_name(cls) -> str:
+        words = "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__)
+        return words.lstrip("_")
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The hook's state, in the order in which it was added."""
+        return list(self._variables)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes the hook's state; called once, before the first step.
+
+        Args:
+            variables: the model's trainable variables that `targets` selects, frozen
+                ones included.
+        """
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        """Returns what the gradients become.
+
+        Args:
+            gradients: those of the variables being trained that `targets` selects.
+
+        Returns:
+            `Gradients` of the same variables, in the same order and shapes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `apply(self, gradients)`."
+        )
+
+    def add_variable(
+        self,
+        shape: Sequence[int] = (),
+        initializer: Any = "zeros",
+        dtype: str = "float32",
+        name: str | None = None,
+        *,
+        kept_when_skipped: bool = False,
+    ) -> keras.Variable:
+        """Adds a variable of state; to be called in `build`.
+
+        State is saved with the model, and put back when a step is skipped.
+
+        Args:
+            shape: of the variable.
+            initializer: a Keras initializer, its name, or an array of `shape`.
+            dtype: of the variable.
+            name: of the variable.
+            kept_when_skipped: whether what a skipped step wrote stays, as a count of
+                skipped steps must.
+
+        Returns:
+            A variable that is not trainable and has one copy per replica, all equal.
+        """
+        variable = keras.Variable(
+            initializer,
+            shape=None if hasattr(initializer, "shape") else tuple(shape),
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            aggregation="none",
+            name=name or f"variable_{len(self._variables)}",
+        )
+        self._variables.append(variable)
+        if kept_when_skipped:
+            self._lasting.append(variable)
+        return variable
+
+    @property
+    def step(self) -> tf.Tensor:
+        """Scalar int64, inside `apply`: the updates the optimizer has made so far."""
+        return self._step("step").index
+
+    def report(self, name: str, value: Any, reduction: str = "mean") -> None:
+        """Adds a scalar to the logs; to be called in `apply`.
+
+        Args:
+            name: of the log entry.
+            value: a scalar, this step's value. Those of skipped steps do not count.
+            reduction: `"mean"` logs the mean over the epoch's steps, `"sum"` their sum.
+
+        Raises:
+            ValueError: when `reduction` is neither.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"`reduction` must be 'mean' or 'sum'. Received: reduction={reduction!r}."
+            )
+        value = tf.cast(tf.convert_to_tensor(value), tf.float32)
+        self._step("report").reports.append(Report(self, name, value, reduction))
+
+    def skip_step(self, when: Any) -> None:
+        """Has the whole step skipped, as if it had not been, where `when` is true.
+
+        Args:
+            when: a scalar bool.
+
+        Raises:
+            RuntimeError: when the class does not say `may_skip_steps = True`.
+        """
+        if not self.may_skip_steps:
+            raise RuntimeError(
+                f"{type(self).__name__} calls `skip_step`, so its class must say "
+                "`may_skip_steps = True`: what a skipped step changes is put aside "
+                "before the forward pass."
+            )
+        when = tf.reduce_any(tf.cast(tf.convert_to_tensor(when), tf.bool))
+        self._step("skip_step").rejections.append(when)
+
+    def unit(self, variable: Any) -> Any:
+        """Returns the `gradients.units.Unit` of a variable of this hook's model."""
+        if self._units is None:
+            raise RuntimeError(f"`unit` can be used once {self.name!r} is being built.")
+        return self._units(variable)
+
+    def frozen_positions(self, epoch: int) -> list[int]:
+        """Positions in the model's trainable variables to be frozen in this epoch.
+
+        Asked before each call of the train function; hooks that freeze answer.
+        """
+        return []
+
+    def check_state(self) -> None:
+        """Looks at the state after the steps; a hook that stops `fit` raises here."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of `__init__`, from the attributes of the same names.
+
+        Raises:
+            AttributeError: when an argument was not kept as an attribute.
+        """
+        config = {}
+        for argument in _init_arguments(type(self)):
+            if argument == "targets":
+                config["targets"] = serialize_targets(self.targets, self._model_variables)
+            elif argument == "name":
+                config["name"] = self._name
+            elif isinstance(getattr(type(self), argument, None), Number):
+                config[argument] = serialize_number(self.__dict__.get(argument))
+            elif hasattr(self, argument):
+                config[argument] = _serialize(getattr(self, argument))
+            else:
+                raise AttributeError(
+                    f"{type(self).__name__}.__init__ takes `{argument}` but keeps no "
+                    f"attribute of that name, so its config cannot be saved. Assign "
+                    f"`self.{argument} = {argument}`, or implement `get_config`."
+                )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GradientHook:
+        """Returns the hook that a config describes."""
+        arguments = {}
+        for key, value in config.items():
+            if key == "targets":
+                arguments[key] = deserialize_targets(value)
+            elif isinstance(getattr(cls, key, None), Number):
+                arguments[key] = deserialize_number(value)
+            else:
+                arguments[key] = _deserialize(value)
+        return cls(**arguments)
+
+    def _step(self, what: str) -> Any:
+        step = current_step()
+        if step is None or step.hook is not self:
+            raise RuntimeError(f"`{what}` can be used only inside `apply` of {self.name!r}.")
+        return step
+
+    def _prepare(self, variables: Sequence[Any], units: Callable[[Any], Any]) -> None:
+        """Builds the hook for a model's trainable variables, once."""
+        identity = [id(v) for v in variables]
+        if self._built_for == identity:
+            for number in _numbers(type(self)):
+                number.make_variable(self)
+            return
+        self._positions = matching(self.targets, variables)
+        self._built_for = identity
+        self._model_variables = list(variables)
+        self._units = units
+        self._variables, self._lasting = [], []
+        for number in _numbers(type(self)):
+            number.make_variable(self)
+        with keras.name_scope(self.name):
+            self.build([variables[i] for i in self._positions])
+
+
+def _numbers(cls: type) -> list[Number]:
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    found = (getattr(cls, name, None) for name in sorted(names))
+    return [value for value in found if isinstance(value, Number)]
+
+
+def _init_arguments(cls: type) -> list[str]:
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def _serialize(value: Any) -> Any:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    if plain or (isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)):
+        return value
+    return keras.saving.serialize_keras_object(value)
+
+
+def _deserialize(value: Any) -> Any:
+    if isinstance(value, dict) and "class_name" in value:
+        return keras.saving.deserialize_keras_object(value)
+    return value

@@ -1,0 +1,64 @@
+"""Functions as hooks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_tapefit.gradients import Gradients, Targets, variable_path
+from keras_tapefit.gradients.sparse import to_dense
+from keras_tapefit.hooks.base import GradientHook
+
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class LambdaHook(GradientHook):
+    """Applies a function to each gradient.
+
+    For one-liners and for looking; anything with numbers or state is better a class.
+
+    Args:
+        fn: takes `(gradient, variable)`, the gradient dense, and returns a tensor of the
+            same shape, or `None` to leave the gradient as it is.
+        targets: the variables the hook is for; `None`: all.
+        name: the hook's name.
+
+    Raises:
+        TypeError: when `fn` cannot be called.
+        ValueError: while training, when `fn` returns another shape.
+
+    Example:
+
+    ```python
+    handle = model.register_gradient_hook(lambda g, v: g * 0.5, targets="encoder/*")
+    handle.remove()
+    ```
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], targets: Targets = None, name: str | None = None
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(
+                f"`fn` must be a function of `(gradient, variable)`. Received: fn={fn!r}."
+            )
+        super().__init__(targets=targets, name=name)
+        self.fn = fn
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        pairs = [(self._result(g, v), v) for g, v in gradients.pairs()]
+        return Gradients(pairs, unique_rows=True)
+
+    def _result(self, gradient: Any, variable: Any) -> Any:
+        if gradient is None:
+            return None
+        result = self.fn(to_dense(gradient), variable)
+        if result is None:
+            return gradient
+        result = keras.ops.convert_to_tensor(result)
+        if not result.shape.is_compatible_with(variable.shape):
+            raise ValueError(
+                f"The hook {self.name!r} must return a gradient of "
+                f"{variable_path(variable)!r} of the variable's shape "
+                f"{tuple(variable.shape)}. Received: shape {tuple(result.shape)}."
+            )
+        return result

@@ -1,0 +1,291 @@
+"""The ordered list of a model's hooks, and the handles that take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.gradients import Gradients, variable_path
+from keras_tapefit.hooks.base import GradientHook
+from keras_tapefit.hooks.function import LambdaHook
+from keras_tapefit.hooks.step import Step, running
+
+
+class HookList(MutableSequence[GradientHook]):
+    """The gradient hooks of a model, in the order in which they are applied.
+
+    A mutable sequence whose elements can also be named. What is changed after a `fit`,
+    or in the middle of one, takes effect with the next step.
+
+    Example:
+
+    ```python
+    model.gradient_hooks.add(hooks.GlobalNormClipping(1.0))
+    model.gradient_hooks["global_norm_clipping"].max_norm = 0.5
+    model.gradient_hooks.replace("global_norm_clipping", hooks.ValueClipping(0.1))
+    model.gradient_hooks.remove("value_clipping")
+    ```
+    """
+
+    def __init__(self, hooks: Iterable[Any] = ()) -> None:
+        self._hooks: list[GradientHook] = []
+        for hook in hooks:
+            self.append(hook)
+
+    def add(self, hook: Any, index: int | None = None) -> GradientHook:
+        """Adds a hook, at the end or at `index`, and returns it.
+
+        Args:
+            hook: a `GradientHook`, or a function of `(gradient, variable)`.
+            index: its place in the list.
+
+        Raises:
+            TypeError: when `hook` is neither.
+            ValueError: when the hook is in a list already, or its name is.
+        """
+        hook = as_hook(hook)
+        self.insert(len(self) if index is None else index, hook)
+        return hook
+
+    def insert(self, index: int, value: Any) -> None:
+        hook = as_hook(value)
+        if hook._registered_name is not None:
+            raise ValueError(
+                f"The hook {hook.name!r} belongs to a model already. Remove it there "
+                "first, or make another: "
+                f"`{type(hook).__name__}.from_config(hook.get_config())`."
+            )
+        hook._registered_name = self._unique_name(hook)
+        self._hooks.insert(index, hook)
+
+    def remove(self, value: Any) -> None:
+        """Removes a hook, given itself or its name.
+
+        Raises:
+            KeyError: when there is no such hook.
+        """
+        del self[self._position(value)]
+
+    def replace(self, old: Any, new: Any) -> GradientHook:
+        """Puts a hook in the place of another, given itself or its name."""
+        new = as_hook(new)
+        position = self._position(old)
+        self[position] = new
+        return new
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def __iter__(self) -> Iterator[GradientHook]:
+        return iter(tuple(self._hooks))
+
+    def __contains__(self, value: Any) -> bool:
+        return any(hook is value or hook.name == value for hook in self._hooks)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            key = self._position(key)
+        return self._hooks[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, slice):
+            hooks = [as_hook(hook) for hook in value]
+            kept = self._hooks[:]
+            kept[key] = hooks
+            self._set_all(kept)
+            return
+        position = self._position(key) if isinstance(key, str) else range(len(self))[key]
+        hook = as_hook(value)
+        replaced = self._hooks[position]
+        if hook is replaced:
+            return
+        del self[position]
+        try:
+            self.insert(position, hook)
+        except Exception:
+            self.insert(position, replaced)
+            raise
+
+    def __delitem__(self, key: Any) -> None:
+        if isinstance(key, str):
+            key = self._position(key)
+        for hook in self._hooks[key] if isinstance(key, slice) else [self._hooks[key]]:
+            hook._registered_name = None
+        del self._hooks[key]
+
+    def reverse(self) -> None:
+        self._hooks.reverse()
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{h.name!r}: {type(h).__name__}" for h in self._hooks)
+        return f"HookList({names})"
+
+    def set(self, hooks: Any) -> None:
+        """Replaces all hooks; hooks that stay keep their state.
+
+        Args:
+            hooks: a list or tuple of hooks and functions.
+
+        Raises:
+            TypeError: when `hooks` is no list, or holds something else.
+        """
+        self._set_all(check_hooks(hooks))
+
+    def _set_all(self, hooks: Sequence[GradientHook]) -> None:
+        if len({id(hook) for hook in hooks}) < len(hooks):
+            raise ValueError("A hook can be in the list of hooks only once.")
+        stay = {id(hook) for hook in self._hooks}
+        strangers = [h for h in hooks if id(h) not in stay and h._registered_name]
+        if strangers:
+            raise ValueError(
+                f"The hook {strangers[0].name!r} belongs to another model already. "
+                "Remove it there first, or make another."
+            )
+        for hook in self._hooks:
+            hook._registered_name = None
+        self._hooks = []
+        for hook in hooks:
+            self.insert(len(self), hook)
+
+    def _position(self, key: Any) -> int:
+        for position, hook in enumerate(self._hooks):
+            if hook is key or hook.name == key:
+                return position
+        names = ", ".join(repr(hook.name) for hook in self._hooks) or "(none)"
+        raise KeyError(f"No hook {key!r}. The hooks are: {names}.")
+
+    def _unique_name(self, hook: GradientHook) -> str:
+        taken = {other.name for other in self._hooks}
+        base = hook._name or hook._default_name()
+        if base not in taken:
+            return base
+        if hook._name is not None:
+            raise ValueError(
+                f"There is a hook named {base!r} already. Give this one another `name`, "
+                "or use `replace`."
+            )
+        number = 1
+        while f"{base}_{number}" in taken:
+            number += 1
+        return f"{base}_{number}"
+
+    @property
+    def may_skip_steps(self) -> bool:
+        """Whether any of the hooks is a gate."""
+        return any(hook.may_skip_steps for hook in self._hooks)
+
+    def structure(self) -> tuple[tuple[int, int], ...]:
+        """Returns what decides the traced graph: two equal ones share a trace."""
+        return tuple((id(hook), hook._structure) for hook in self._hooks)
+
+    def prepare(self, variables: Sequence[Any], units: Callable[[Any], Any]) -> None:
+        """Builds the hooks that are not built yet for a model's trainable variables."""
+        for hook in self._hooks:
+            hook._prepare(variables, units)
+
+    def run(self, gradients: Gradients, step: Step) -> Gradients:
+        """Applies the hooks in order.
+
+        Args:
+            gradients: true gradients, duplicate rows summed.
+            step: takes up what the hooks report and reject.
+
+        Returns:
+            The gradients for the optimizer.
+        """
+        with running(step):
+            for hook in self._hooks:
+                step.hook = hook
+                gradients = _apply(hook, gradients)
+        return gradients
+
+
+class HookHandle:
+    """Takes a registered hook out again, by `remove()` or at the end of a `with`."""
+
+    def __init__(self, hooks: HookList, hook: GradientHook) -> None:
+        self._hooks = hooks
+        self.hook = hook
+
+    def remove(self) -> None:
+        """Removes the hook from its model; a second call does nothing."""
+        if self.hook in self._hooks:
+            self._hooks.remove(self.hook)
+
+    def __enter__(self) -> HookHandle:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+
+def as_hook(value: Any) -> GradientHook:
+    """Returns a hook as it is, and a function as a `LambdaHook`."""
+    if isinstance(value, GradientHook):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return LambdaHook(value)
+    hint = f" Did you mean `{value.__name__}(...)`?" if isinstance(value, type) else ""
+    raise TypeError(
+        "A gradient hook must be a `GradientHook` or a function of "
+        f"`(gradient, variable)`.{hint} Received: {value!r} (of type "
+        f"{type(value).__name__})."
+    )
+
+
+def check_hooks(value: Any) -> list[GradientHook]:
+    """Returns a list of hooks, made of a list of hooks and functions."""
+    if not isinstance(value, list | tuple | HookList):
+        raise TypeError(
+            "`gradient_hooks` must be a list of gradient hooks. "
+            f"Received: {value!r} (of type {type(value).__name__})."
+        )
+    return [as_hook(hook) for hook in value]
+
+
+def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
+    model_variables = hook._model_variables or []
+    members = {id(model_variables[i]) for i in hook._positions}
+    known = {id(variable) for variable in model_variables}
+    positions = [
+        i
+        for i, v in enumerate(gradients.variables)
+        if id(v) in members or (hook.targets is None and id(v) not in known)
+    ]
+    positions = [i for i in positions if not _is_overwritten(gradients.variables[i])]
+    if not positions:
+        return gradients
+    given = gradients._subset(positions).with_unique_rows()
+    return gradients.updated(_checked(hook, given, hook.apply(given)))
+
+
+def _is_overwritten(variable: Any) -> bool:
+    # The "gradient" of a float8 scale is its next value, not a slope.
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
+def _checked(hook: GradientHook, given: Gradients, result: Any) -> Gradients:
+    who = f"The hook {hook.name!r} ({type(hook).__name__})"
+    if not isinstance(result, Gradients):
+        raise TypeError(
+            f"{who} must return `Gradients`, such as `gradients.map(...)` gives. "
+            f"Received: {result!r} (of type {type(result).__name__})."
+        )
+    expected = [id(v) for v in given.variables]
+    if [id(v) for v in result.variables] != expected:
+        lost = [variable_path(v) for v in given.variables if id(v) not in map(id, result.variables)]
+        raise ValueError(
+            f"{who} must return the gradients of the {len(given)} variables it was "
+            f"given, in their order. Received: {len(result)} gradients"
+            + (f", without those of {lost}." if lost else ".")
+        )
+    for before, (after, variable) in zip(given.values(), result.pairs(), strict=True):
+        if before is None or after is None or tf.as_dtype(after.dtype) == before.dtype:
+            continue
+        raise TypeError(
+            f"{who} must keep the dtype of the gradient of {variable_path(variable)!r}, "
+            f"{before.dtype.name}. Received: {tf.as_dtype(after.dtype).name}."
+        )
+    return result

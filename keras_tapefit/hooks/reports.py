@@ -1,0 +1,92 @@
+"""Epoch means of what hooks report, kept outside the model's metrics."""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_tapefit.hooks.step import Report
+
+
+class Reports:
+    """Sums and counts of reported scalars, one variable for all.
+
+    Args:
+        capacity: the number of log entries there is room for.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.live: list[str] = []
+        self._entries: dict[str, tuple[int, str]] = {}
+        self._state = keras.Variable(
+            tf.zeros((2, capacity)),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="none",
+            name="reports",
+        )
+
+    def add(self, reports: Sequence[Report], accepted: tf.Tensor | None) -> list[str]:
+        """Adds one step's reports and returns their names.
+
+        Args:
+            reports: of one step; a hook may report a name several times.
+            accepted: scalar bool; the reports of a rejected step are left out, but for
+                those that no hook made. `None`: the step is accepted.
+
+        Raises:
+            ValueError: when two hooks report the same name, or there is no more room.
+        """
+        owners: dict[str, object] = {}
+        for report in reports:
+            if owners.setdefault(report.name, report.hook) is not report.hook:
+                raise ValueError(
+                    f"Two hooks report {report.name!r}. Give one of them a `name`."
+                )
+        if not reports:
+            return []
+        slots = [self._slot(report) for report in reports]
+        values = tf.stack([report.value for report in reports])
+        counts = tf.ones_like(values)
+        if accepted is not None:
+            from_hook = tf.constant([report.hook is not None for report in reports])
+            counted = accepted | ~from_hook
+            values = tf.where(counted, values, 0.0)
+            counts = tf.cast(counted, tf.float32)
+        update = tf.stack(
+            [
+                tf.math.unsorted_segment_sum(values, slots, self.capacity),
+                tf.math.unsorted_segment_sum(counts, slots, self.capacity),
+            ]
+        )
+        self._state.assign(self._state.value + update)
+        return list(owners)
+
+    def results(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
+        """Returns each entry's mean, or sum, over the steps since the last reset."""
+        if not names:
+            return {}
+        totals, counts = tf.unstack(tf.convert_to_tensor(self._state.value))
+        means = tf.math.divide_no_nan(totals, counts)
+        sources = {"mean": means, "sum": totals}
+        return {
+            name: sources[reduction][slot]
+            for name in names
+            for slot, reduction in [self._entries[name]]
+        }
+
+    def reset(self) -> None:
+        """Begins a new epoch."""
+        self._state.assign(tf.zeros((2, self.capacity)))
+
+    def _slot(self, report: Report) -> int:
+        if report.name not in self._entries:
+            if len(self._entries) == self.capacity:
+                raise ValueError(
+                    f"There is room for {self.capacity} log entries. The entry "
+                    f"{report.name!r} of hook {report.hook.name!r} is one too many."
+                )
+            self._entries[report.name] = (len(self._entries), report.reduction)
+        return self._entries[report.name][0]

@@ -1,0 +1,60 @@
+"""One update as its hooks see it, kept per thread: each replica has a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+
+@dataclass
+class Report:
+    """A scalar on its way to the logs."""
+
+    hook: Any
+    name: str
+    value: tf.Tensor
+    reduction: str
+
+
+@dataclass
+class Step:
+    """What the hooks of one update read and leave behind.
+
+    Attributes:
+        index: scalar int64, the number of updates the optimizer has made.
+        reports: the scalars reported, in order.
+        rejections: scalar bools; any that is true skips the update.
+        hook: the hook that is being applied.
+    """
+
+    index: tf.Tensor
+    reports: list[Report] = field(default_factory=list)
+    rejections: list[tf.Tensor] = field(default_factory=list)
+    hook: Any = None
+
+
+class _Current(threading.local):
+    step: Step | None = None
+
+
+_current = _Current()
+
+
+def current_step() -> Step | None:
+    """Returns the step whose hooks run in this thread, if any do."""
+    return _current.step
+
+
+@contextlib.contextmanager
+def running(step: Step) -> Iterator[Step]:
+    """Makes `step` the current one of this thread."""
+    outer, _current.step = _current.step, step
+    try:
+        yield step
+    finally:
+        _current.step = outer

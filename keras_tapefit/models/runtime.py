@@ -1,0 +1,151 @@
+"""What a model of ours keeps beside what Keras keeps: hooks, their state, the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.backward import Backpropagation, GradientMethod
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.hooks import HookList
+from keras_tapefit.hooks.reports import Reports
+from keras_tapefit.models.saved_state import SavedState
+from keras_tapefit.update import optimizers, trainable
+from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.update import Outcome, may_reject, update
+
+
+class Runtime:
+    """The private side of one model.
+
+    Args:
+        model: the model; it holds the runtime, not the other way round in time.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.hooks = HookList()
+        self.backward: GradientMethod = Backpropagation()
+        self.micro_batches = 1
+        self.epoch = 0
+        self.state = SavedState(self.hooks)
+        self.scheduled: set[int] = set()
+        self._reports: Reports | None = None
+
+    def candidates(self) -> list[Any]:
+        """Returns the variables that are trained when nothing is frozen."""
+        return trainable.trainable_candidates(self.model)
+
+    def may_reject(self) -> bool:
+        """Whether a step can be skipped as a whole."""
+        return may_reject(getattr(self.model, "optimizer", None), self.hooks)
+
+    def prepare(self, optimizer: Any = None) -> None:
+        """Makes the state of optimizer, hooks and logs, where it is not made yet.
+
+        Harmless to call often, in a trace too; where the model has no weights yet, it
+        is called again once it has.
+        """
+        variables = self.candidates()
+        if not variables:
+            return
+        with tf.init_scope(), self.model.distribute_strategy.scope():
+            if optimizer is not None and optimizer is getattr(self.model, "optimizer", None):
+                self._build_optimizer(optimizer, variables)
+            if self.hooks:
+                self.hooks.prepare(variables, self._unit)
+                self.state.restore_pending()
+                if self._reports is None:
+                    self._reports = Reports(128 + 4 * len(variables))
+
+    def _build_optimizer(self, optimizer: Any, variables: Sequence[Any]) -> None:
+        optimizers.build(optimizer, variables)
+
+    def _unit(self, variable: Any) -> Any:
+        from keras_tapefit.gradients.units import unit_axes
+
+        return unit_axes(self.model)[id(variable)]
+
+    @property
+    def reports(self) -> Reports:
+        """The log entries of the epoch; there is none before `prepare`."""
+        if self._reports is None:
+            with tf.init_scope(), self.model.distribute_strategy.scope():
+                self._reports = Reports(128 + 4 * len(self.candidates()))
+        return self._reports
+
+    def begin_epoch(self, epoch: int | None = None) -> None:
+        """Starts the log entries anew."""
+        if epoch is not None:
+            self.epoch = epoch
+        if self._reports is not None:
+            self._reports.reset()
+
+    def report_results(self) -> dict[str, tf.Tensor]:
+        """Returns the log entries so far."""
+        if self._reports is None:
+            return {}
+        return self._reports.results(self._reports.live)
+
+    def volatile_variables(self) -> list[Any]:
+        """Returns what a step may change beside the optimizer's update."""
+        trained = {id(v) for v in self.candidates()}
+        lasting = {id(v) for hook in self.hooks for v in hook._lasting}
+        everything = [
+            *self.model.variables,
+            *self.model.metrics_variables,
+            *(v for metric in self.model.metrics for v in metric.variables),
+            *(v for hook in self.hooks for v in hook.variables),
+        ]
+        found = {id(v): v for v in everything if id(v) not in trained | lasting}
+        return list(found.values())
+
+    def rollback(self) -> Rollback | None:
+        """Puts aside what a rejected step must not leave behind."""
+        return Rollback(self.volatile_variables()) if self.may_reject() else None
+
+    def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> Outcome:
+        """Takes gradients to the weights, through the hooks."""
+        if optimizer is getattr(self.model, "optimizer", None):
+            self.prepare(optimizer)
+        else:
+            self.prepare()
+        return update(gradients, optimizer, self.hooks, scaled)
+
+    def follow_schedules(self) -> None:
+        """Freezes and unfreezes what hooks say for this epoch."""
+        candidates: list[Any] | None = None
+        wanted: set[int] = set()
+        for hook in self.hooks:
+            wanted.update(hook.frozen_positions(self.epoch))
+        if wanted == self.scheduled:
+            return
+        candidates = self.candidates()
+        released = [candidates[i] for i in sorted(self.scheduled - wanted)]
+        frozen = [candidates[i] for i in sorted(wanted)]
+        self.scheduled = wanted
+        if released:
+            trainable.set_trainable(self.model, released, True)
+        if frozen:
+            trainable.set_trainable(self.model, frozen, False)
+
+    def check_hooks(self) -> None:
+        """Lets hooks stop the training."""
+        for hook in self.hooks:
+            hook.check_state()
+
+
+def runtime_of(model: Any) -> Runtime:
+    """Returns the runtime of a model, made when it is first asked for.
+
+    It lives past Keras's attribute tracking, and needs no `__init__` of its own: people
+    initialise trainers by name.
+    """
+    runtime = model.__dict__.get("_tapefit_runtime")
+    if runtime is None:
+        runtime = Runtime(model)
+        model.__dict__["_tapefit_runtime"] = runtime
+        model.__dict__["_tapefit_state"] = runtime.state
+    return runtime

@@ -1,0 +1,87 @@
+"""One training step from its first line to its logs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.hooks.step import Report
+from keras_tapefit.models.runtime import Runtime
+
+
+class StepScope:
+    """Gathers what the updates of one step leave, and undoes a rejected step.
+
+    Args:
+        runtime: the private side of the model.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.updated = False
+        self.report_names: list[str] = []
+        self._rollback = runtime.rollback()
+        self._accepted: tf.Tensor | None = None
+        self._reports: list[Report] = []
+
+    def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
+        """Takes gradients to the weights and remembers the outcome."""
+        outcome = self.runtime.update(gradients, optimizer, scaled)
+        self.updated = True
+        self._reports.extend(outcome.reports)
+        if outcome.accepted is not None:
+            before = self._accepted
+            self._accepted = (
+                outcome.accepted if before is None else before & outcome.accepted
+            )
+
+    def finish(self, logs: Any) -> Any:
+        """Ends the step.
+
+        Args:
+            logs: what the step returned.
+
+        Returns:
+            The same, without what a rejected step would have put into it.
+        """
+        accepted = self._accepted
+        if self._rollback is not None and accepted is not None:
+            self._rollback.restore_unless(accepted)
+            if isinstance(logs, dict):
+                tracked = self.runtime.model.get_metrics_result()
+                logs = {k: tracked.get(k, v) for k, v in logs.items()}
+        reports = self._reports
+        if self._rollback is not None and self.updated:
+            skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
+            reports = [*reports, Report(None, "skipped_steps", skipped, "sum")]
+        if reports:
+            self.report_names = self.runtime.reports.add(reports, accepted)
+        return logs
+
+
+class _Open(threading.local):
+    scope: StepScope | None = None
+
+
+_open = _Open()
+
+
+@contextlib.contextmanager
+def step_scope(runtime: Runtime) -> Iterator[StepScope]:
+    """Opens the scope of a step in this thread; each replica has one."""
+    outer, _open.scope = _open.scope, StepScope(runtime)
+    try:
+        yield _open.scope
+    finally:
+        _open.scope = outer
+
+
+def open_scope(runtime: Runtime) -> StepScope | None:
+    """Returns the scope of the step that runs in this thread for a model, if any."""
+    scope = _open.scope
+    return scope if scope is not None and scope.runtime is runtime else None

@@ -1,0 +1,99 @@
+"""The function that `fit` calls for each execution: one trace for each set of weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from keras_tapefit.models import keras_trainer
+from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.models.scope import StepScope, step_scope
+from keras_tapefit.update import optimizers
+from keras_tapefit.update.trainable import Flags
+
+
+class TrainFunction:
+    """Calls the traced step that fits the model as it is now.
+
+    The `trainable` flags and the hooks decide which. Each combination is traced once
+    and kept, so going back to one that was there before costs nothing.
+
+    Args:
+        model: the model.
+        runtime: its private side.
+    """
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._traces: dict[Any, tuple[Callable[[Any], Any], list[str]]] = {}
+        self._flags: Flags | None = None
+        self._current: Any = None
+
+    def refresh(self) -> None:
+        """Looks up the model's layers again, for the case that some were added."""
+        self._flags = None
+
+    def __call__(self, iterator: Any) -> Any:
+        runtime = self._runtime
+        if self._model.built:
+            runtime.prepare(self._model.optimizer)
+        runtime.follow_schedules()
+        key = self._key()
+        if key not in self._traces:
+            names: list[str] = []
+            self._traces[key] = (self._make(names), names)
+        if key != self._current:
+            self._keep_averages()
+        function, names = self._traces[key]
+        logs = function(iterator)
+        if runtime.hooks:
+            runtime.reports.live = names
+            runtime.check_hooks()
+        self._settle(key)
+        return logs
+
+    def _key(self) -> Any:
+        if self._flags is None:
+            self._flags = Flags(self._model)
+        return self._flags.read(), self._runtime.hooks.structure()
+
+    def _settle(self, key: Any) -> None:
+        """Remembers a trace under the flags of a model that its first call completed."""
+        if key != self._current:
+            self._flags = None
+            settled = self._key()
+            self._traces.setdefault(settled, self._traces[key])
+            self._current = settled
+
+    def _keep_averages(self) -> None:
+        optimizer = self._model.optimizer
+        if optimizer is not None and optimizer.built:
+            optimizers.average_only(optimizer, self._model.trainable_variables)
+
+    def _make(self, names: list[str]) -> Callable[[Any], Any]:
+        def step(data: Any) -> Any:
+            with step_scope(self._runtime) as scope:
+                logs = scope.finish(self._model.train_step(data))
+            names[:] = scope.report_names
+            _warn_if_passed_over(self._runtime, scope)
+            if not isinstance(logs, dict) or not names:
+                return logs
+            return {**logs, **self._runtime.reports.results(names)}
+
+        return keras_trainer.make_function(self._model, step)
+
+
+def _warn_if_passed_over(runtime: Runtime, scope: StepScope) -> None:
+    if runtime.hooks and not scope.updated:
+        names = ", ".join(repr(hook.name) for hook in runtime.hooks)
+        warnings.warn(
+            f"The `train_step` of {type(runtime.model).__name__} updates weights without "
+            f"the gradient hooks {names}: they do nothing. Compute the loss inside "
+            "`with self.gradient_tape() as tape:` and call `tape.minimize(loss)`, or "
+            "pass the gradients to `self.apply_gradients(...)`.",
+            stacklevel=2,
+        )
+
+

@@ -1,0 +1,421 @@
+"""The training step written out, and the methods that go with it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_tapefit.backward.base import check_backward
+from keras_tapefit.gradients import Gradients, Targets, matching
+from keras_tapefit.hooks import HookHandle, HookList
+from keras_tapefit.hooks.hook_list import check_hooks
+from keras_tapefit.models import compile_arguments, keras_trainer
+from keras_tapefit.models.runtime import Runtime, runtime_of
+from keras_tapefit.models.scope import StepScope, open_scope
+from keras_tapefit.models.tape import StepTape, prepare_optimizer
+from keras_tapefit.models.train_function import TrainFunction
+from keras_tapefit.update import optimizers, trainable
+from keras_tapefit.update.rollback import Rollback
+
+
+class TapeTrainer:
+    """The steps of `TapeModel`. A mixin without `__init__`, in front of `keras.Model`."""
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Makes one step of training on a batch.
+
+        Args:
+            data: `x`, `(x, y)` or `(x, y, sample_weight)`.
+
+        Returns:
+            The logs: a dictionary of metric names and their values so far.
+        """
+        batch = x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        runtime = runtime_of(self)
+        # Forward pass and loss under the tape, backward pass over the variables being
+        # trained now.
+        gradients, y_pred = runtime.backward.compute(_Objective(self), batch)
+        # Replicas summed, loss scale removed; hooks; gate; optimizer.
+        if len(gradients):
+            _update(runtime, gradients, self.optimizer, scaled=True)
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Evaluates the model on a batch.
+
+        Args:
+            data: `x`, `(x, y)` or `(x, y, sample_weight)`.
+
+        Returns:
+            The logs: a dictionary of metric names and their values so far.
+        """
+        batch = x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = keras_trainer.forward(self, x, training=False)
+        loss = keras_trainer.compute_loss(self, batch, y_pred, training=False)
+        keras_trainer.track_loss(self, loss, x)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: Any = "auto",
+        auto_scale_loss: bool = True,
+        gradient_hooks: Any = None,
+        backward: Any = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """Configures the model for training.
+
+        Takes every argument of `keras.Model.compile`, and:
+
+        Args:
+            gradient_hooks: a list of `GradientHook`s or functions of
+                `(gradient, variable)`. `None` keeps the hooks there are, `[]` removes
+                them.
+            backward: how gradients are computed, one of `keras_tapefit.backward`;
+                `None` keeps what is set, at first `Backpropagation()`.
+            micro_batches: the number of parts a batch is split into for the backward
+                pass; one update is made of them all.
+
+        Raises:
+            TypeError: when an argument is of the wrong type.
+            ValueError: when the model's strategy cannot train it.
+
+        Example:
+
+        ```python
+        model.compile("adam", "mse", gradient_hooks=[hooks.GlobalNormClipping(1.0)])
+        ```
+        """
+        new_hooks = None if gradient_hooks is None else check_hooks(gradient_hooks)
+        new_backward = None if backward is None else check_backward(backward)
+        compile_arguments.check(self, jit_compile, micro_batches)
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        runtime = runtime_of(self)
+        runtime.micro_batches = micro_batches
+        if new_hooks is not None:
+            runtime.hooks.set(new_hooks)
+        if new_backward is not None:
+            runtime.backward = new_backward
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns what `compile` was called with, the hooks as they are now."""
+        config = super().get_compile_config()
+        if not config:
+            return config
+        return {**config, **compile_arguments.serialize(runtime_of(self))}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the model as `get_compile_config` describes."""
+        if type(self).compile is not TapeTrainer.compile:
+            # Keras's own rule, and its own warning.
+            super().compile_from_config(config)
+            return
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if getattr(self, "optimizer", None) is not None and self.built:
+            runtime_of(self).prepare(self.optimizer)
+
+    def make_train_function(self, force: bool = False) -> Callable[[Any], Any] | None:
+        """Makes the function that `fit` calls; see `keras.Model.make_train_function`."""
+        if self.train_function is None or force:
+            self.train_function = TrainFunction(self, runtime_of(self))
+        elif isinstance(self.train_function, TrainFunction):
+            self.train_function.refresh()
+        if self.built:
+            runtime_of(self).prepare(self.optimizer)
+        return self.train_function
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
+        bound.arguments["callbacks"] = _with_clock(
+            bound.arguments.get("callbacks"), runtime_of(self)
+        )
+        return super().fit(*bound.args[1:], **bound.kwargs)
+
+    def reset_metrics(self) -> None:
+        """Resets the state of all metrics, and of what hooks report."""
+        super().reset_metrics()
+        runtime_of(self).begin_epoch()
+
+    def _get_metrics_result_or_logs(self, logs: Any) -> Any:
+        # Keras reads the epoch's metrics where the step's logs have their names only.
+        reported = runtime_of(self).report_results()
+        if not isinstance(logs, dict) or not all(name in logs for name in reported):
+            return super()._get_metrics_result_or_logs(logs)
+        own = {name: value for name, value in logs.items() if name not in reported}
+        results = super()._get_metrics_result_or_logs(own)
+        return {**results, **reported} if reported else results
+
+    @property
+    def gradient_hooks(self) -> HookList:
+        """The model's gradient hooks, in the order in which they are applied."""
+        return runtime_of(self).hooks
+
+    @gradient_hooks.setter
+    def gradient_hooks(self, hooks: Any) -> None:
+        runtime_of(self).hooks.set(hooks)
+
+    def register_gradient_hook(
+        self, hook: Any, targets: Targets = None, name: str | None = None
+    ) -> HookHandle:
+        """Adds a gradient hook at the end of the list.
+
+        Args:
+            hook: a `GradientHook`, or a function of `(gradient, variable)` that returns
+                the new gradient, or `None` to leave it.
+            targets: the variables the hook is for: a layer, a variable, a predicate on
+                a variable, a glob on `variable.path`, or a list of these. `None`: as the
+                hook says, all by default.
+            name: the hook's name in `gradient_hooks`.
+
+        Returns:
+            A handle whose `remove()` takes the hook out again; also a context manager.
+
+        Raises:
+            TypeError: when `hook` or `targets` is of the wrong type.
+            ValueError: when a target matches no variable of the built model, or the
+                name is taken.
+
+        Example:
+
+        ```python
+        handle = model.register_gradient_hook(lambda g, v: g * 0.1, targets="head/*")
+        handle.remove()
+        ```
+        """
+        runtime = runtime_of(self)
+        return compile_arguments.register(runtime, hook, targets, name)
+
+    def gradient_tape(self, persistent: bool = False) -> StepTape:
+        """Returns a `tf.GradientTape` for a step or loop of one's own.
+
+        Args:
+            persistent: whether gradients may be taken several times.
+
+        Returns:
+            A tape whose `minimize(loss, variables=None, optimizer=None)` makes the
+            update: loss scale, backward pass, replicas, hooks, gate, optimizer.
+
+        Example:
+
+        ```python
+        def train_step(self, data):
+            x, y = data
+            with self.gradient_tape() as tape:
+                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+            tape.minimize(loss)
+            return {"loss": loss}
+        ```
+        """
+        return StepTape(runtime_of(self), persistent=persistent)
+
+    def compute_gradients(self, x: Any, y: Any = None, sample_weight: Any = None) -> Gradients:
+        """Returns the gradients of the loss on a batch, as the first hook would get them.
+
+        Nothing is updated: weights, BatchNormalization statistics, random seeds and
+        metrics are afterwards what they were.
+
+        Args:
+            x: input data, with the batch as first axis.
+            y: targets.
+            sample_weight: weights of the examples.
+
+        Returns:
+            `Gradients` of the variables being trained.
+
+        Raises:
+            ValueError: when the model is not compiled.
+
+        Example:
+
+        ```python
+        gradients = model.compute_gradients(x[:10], y[:10])
+        for path, norm in gradients.norms().items():
+            print(path, float(norm))
+        ```
+        """
+        self._assert_compile_called("compute_gradients")
+        runtime = runtime_of(self)
+        batch = keras.tree.map_structure(
+            lambda v: v if v is None else tf.convert_to_tensor(v), (x, y, sample_weight)
+        )
+        if not self.built:
+            keras_trainer.forward(self, batch[0], training=False)
+        rollback = Rollback(runtime.volatile_variables())
+        gradients, _ = runtime.backward.compute(_Objective(self), batch)
+        rollback.restore_unless(tf.constant(False))
+        scale = optimizers.loss_scale(self.optimizer)
+        if scale is not None:
+            gradients = gradients.scale(1.0 / scale)
+        return gradients.with_unique_rows()
+
+    def apply_gradients(self, gradients: Gradients | Iterable[tuple[Any, Any]]) -> None:
+        """Updates the weights with gradients: hooks, gate, optimizer.
+
+        Args:
+            gradients: `Gradients`, or pairs `(gradient, variable)`; the true ones, not
+                multiplied by a loss scale. On several replicas, each passes its own.
+
+        Raises:
+            ValueError: when the model has no optimizer.
+
+        Example:
+
+        ```python
+        model.apply_gradients(model.compute_gradients(x, y).scale(0.5))
+        ```
+        """
+        if getattr(self, "optimizer", None) is None:
+            raise ValueError("`apply_gradients` needs an optimizer. Compile the model first.")
+        if not isinstance(gradients, Gradients):
+            gradients = Gradients(gradients)
+        runtime = runtime_of(self)
+        prepare_optimizer(runtime, self.optimizer, gradients.variables)
+        _update(runtime, gradients, self.optimizer, scaled=False)
+
+    def freeze(self, targets: Targets) -> None:
+        """Stops training variables, from the next step on; no recompile.
+
+        Their values and the optimizer's state for them stay as they are. A layer of
+        which nothing is trained any more gets `trainable = False`, so its
+        BatchNormalization runs in inference mode.
+
+        Args:
+            targets: a layer, a variable, a predicate on a variable, a glob on
+                `variable.path`, or a list of these.
+
+        Raises:
+            ValueError: when a target matches nothing, or the model has no weights yet.
+
+        Example:
+
+        ```python
+        model.freeze("backbone/*")
+        ```
+        """
+        _set_trainable(self, targets, False)
+
+    def unfreeze(self, targets: Targets) -> None:
+        """Trains variables again, from the next step on; no recompile.
+
+        Args:
+            targets: as in `freeze`.
+
+        Raises:
+            ValueError: when a target matches nothing, or the model has no weights yet.
+
+        Example:
+
+        ```python
+        model.unfreeze("backbone/*")
+        ```
+        """
+        _set_trainable(self, targets, True)
+
+
+class _TapeOf(tf.GradientTape):
+    """A tape with nothing but some variables in it, so that what leads to others only
+    is not even recorded."""
+
+    def __init__(self, variables: list[Any]) -> None:
+        super().__init__(watch_accessed_variables=False)
+        self._tapefit_variables = variables
+
+    def __enter__(self) -> _TapeOf:
+        super().__enter__()
+        for variable in self._tapefit_variables:
+            self.watch(variable.value)
+        return self
+
+
+class _Objective:
+    """The loss of a model, as `backward` sees it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def tape(self) -> tf.GradientTape:
+        model = self._model
+        variables = model.trainable_variables if model.built else []
+        if len(variables) == len(runtime_of(model).candidates()):
+            return tf.GradientTape()
+        return _TapeOf(variables)
+
+    def loss(self, batch: tuple[Any, Any, Any]) -> tuple[tf.Tensor, Any]:
+        model = self._model
+        y_pred = keras_trainer.forward(model, batch[0], training=True)
+        loss = keras_trainer.compute_loss(model, batch, y_pred, training=True)
+        keras_trainer.track_loss(model, loss, batch[0])
+        if model.optimizer is not None:
+            loss = model.optimizer.scale_loss(loss)
+        return loss, y_pred
+
+    def variables(self) -> list[Any]:
+        return self._model.trainable_variables
+
+
+def _update(runtime: Runtime, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
+    scope = open_scope(runtime)
+    if scope is not None:
+        scope.update(gradients, optimizer, scaled)
+        return
+    scope = StepScope(runtime)
+    scope.update(gradients, optimizer, scaled)
+    scope.finish(None)
+
+
+def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
+    candidates = runtime_of(model).candidates()
+    if targets is None:
+        raise ValueError("Say what to freeze or unfreeze. Received: targets=None.")
+    if not candidates:
+        raise ValueError(
+            f"The model {model.name!r} has no weights yet. Build it first, or call it on "
+            "a batch."
+        )
+    chosen = [candidates[i] for i in matching(targets, candidates)]
+    trainable.set_trainable(model, chosen, value)
+
+
+class _Clock(keras.callbacks.Callback):
+    """Tells the hooks which epoch it is."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._runtime.begin_epoch(epoch)
+
+
+def _with_clock(callbacks: Any, runtime: Runtime) -> Any:
+    clock = _Clock(runtime)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(clock)
+        return callbacks
+    return [clock, *keras.tree.flatten(callbacks)] if callbacks else [clock]

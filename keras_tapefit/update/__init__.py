@@ -1,0 +1,1 @@
+"""How gradients reach the weights: replicas, loss scale, gate, optimizer, `trainable`."""

@@ -1,0 +1,67 @@
+"""`trainable`, live: which variables are being trained now.
+
+Private names used here: `Layer._trainable`, `Layer._trainable_variables` and
+`Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/update/test_private_names.py` fails when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+_flag = attrgetter("trainable")
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Returns the model and all layers in it, outer before inner."""
+    return list(model._flatten_layers(include_self=True, recursive=True))
+
+
+def trainable_candidates(model: Any) -> list[Any]:
+    """Returns the variables that are trained when nothing is frozen, in Keras's order."""
+    made_trainable = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
+    return [v for v in model.variables if id(v) in made_trainable]
+
+
+class Flags:
+    """The `trainable` flags of a model, read quickly.
+
+    Args:
+        model: whose layers and variables are looked up once, here.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.layers = layers_of(model)
+        self.candidates = trainable_candidates(model)
+
+    def read(self) -> tuple[bool, ...]:
+        """Returns all flags: two equal answers mean the same variables are trained."""
+        return (*map(_flag, self.layers), *map(_flag, self.candidates))
+
+
+def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
+    """Freezes or unfreezes variables, and the layers that are thereby wholly so.
+
+    A layer of which no variable is trained any more gets `trainable = False`, which is
+    what puts BatchNormalization into inference mode; one of which some variable is
+    trained again gets it back, and so do the layers around it.
+
+    Args:
+        model: whose variables they are.
+        variables: some of `trainable_candidates(model)`.
+        value: whether they are to be trained.
+    """
+    chosen = {id(v) for v in variables}
+    trained = {id(v) for v in model.trainable_variables}
+    wanted = {
+        id(v): value if id(v) in chosen else id(v) in trained
+        for v in trainable_candidates(model)
+    }
+    for layer in layers_of(model):
+        inside = [id(v) for v in layer.variables if id(v) in wanted]
+        if chosen.intersection(inside):
+            # Not through the setter, which would pass the flag on to all below.
+            layer._trainable = any(wanted[key] for key in inside)
+    for variable in trainable_candidates(model):
+        variable.trainable = wanted[id(variable)]

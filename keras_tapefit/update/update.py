@@ -1,0 +1,110 @@
+"""The second half of a step: from gradients to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.hooks import HookList
+from keras_tapefit.hooks.step import Report, Step
+from keras_tapefit.update import optimizers, replicas
+
+
+@dataclass
+class Outcome:
+    """What a step left for the logs.
+
+    Attributes:
+        accepted: scalar bool, whether the step was applied; `None`: always.
+        reports: what the hooks reported.
+    """
+
+    accepted: tf.Tensor | None
+    reports: list[Report]
+
+
+def may_reject(optimizer: Any, hooks: HookList) -> bool:
+    """Whether a step with these hooks can be skipped as a whole."""
+    return hooks.may_skip_steps or (len(hooks) > 0 and optimizers.is_dynamic(optimizer))
+
+
+def update(gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool) -> Outcome:
+    """Takes gradients through replicas, loss scale, hooks, gate and optimizer.
+
+    Steps 4 to 9 of a step. Without hooks and on one replica it is
+    `optimizer.apply_gradients`, as Keras's own `train_step` calls it.
+
+    Args:
+        gradients: of the variables being trained, as the backward pass gives them.
+        optimizer: a built Keras optimizer.
+        hooks: built hooks.
+        scaled: whether the gradients are those of the loss times the loss scale.
+
+    Returns:
+        What became of the step.
+    """
+    variables = gradients.variables
+    scale = optimizers.loss_scale(optimizer)
+    if not hooks and replicas.count() == 1:
+        if not scaled and scale is not None:
+            gradients = gradients.scale(scale)
+        optimizers.apply(optimizer, gradients.values(), variables)
+        return Outcome(None, [])
+
+    gradients = replicas.all_reduce(gradients)
+    if hooks:
+        gradients = gradients.with_unique_rows()
+    dynamic = optimizers.is_dynamic(optimizer)
+    finite = gradients.all_finite() if dynamic else None
+    if scaled and scale is not None:
+        gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
+
+    step = Step(index=tf.cast(optimizer.iterations, tf.int64))
+    gradients = hooks.run(gradients, step)
+    admitted = _verdict(step)
+
+    if dynamic:
+        # A step that overflowed stays so whatever the hooks made of it: the optimizer
+        # then skips it and halves the scale by itself.
+        gradients = gradients.scale(tf.where(finite, scale, float("nan")))
+    _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
+    accepted = _and(admitted, finite if hooks else None)
+    return Outcome(accepted, step.reports)
+
+
+def _verdict(step: Step) -> tf.Tensor | None:
+    if not step.rejections:
+        return None
+    return ~tf.reduce_any(tf.stack(step.rejections))
+
+
+def _and(a: tf.Tensor | None, b: tf.Tensor | None) -> tf.Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def _or_not(admitted: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor | None:
+    return None if admitted is None else admitted | ~finite
+
+
+def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> None:
+    variables = gradients.variables
+    present = [i for i, g in enumerate(gradients.values()) if g is not None]
+
+    def apply(values: Sequence[Any]) -> None:
+        padded: list[Any] = [None] * len(variables)
+        for position, value in zip(present, values, strict=True):
+            padded[position] = value
+        with optimizers.already_reduced(optimizer):
+            optimizers.apply(optimizer, padded, variables)
+
+    values = [gradients.values()[i] for i in present]
+    if admitted is None:
+        apply(values)
+    else:
+        replicas.when(admitted, apply, values)
