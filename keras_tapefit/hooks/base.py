@@ -24,7 +24,9 @@ class GradientHook:
     `keras.ops` operations.
 
     Subclasses implement `apply`, and `build` where they keep state. A subclass whose
-    `apply` calls `skip_step` says so with `may_skip_steps = True`.
+    `apply` calls `skip_step` says so with `may_skip_steps = True`, one that reads `loss`
+    with `uses_loss = True`, and one that implements `after_update` with
+    `watches_update = True`.
 
     Args:
         targets: the variables the hook is for: a layer, a variable, a predicate on a
@@ -47,6 +49,8 @@ class GradientHook:
     """
 
     may_skip_steps: ClassVar[bool] = False
+    uses_loss: ClassVar[bool] = False
+    watches_update: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
         self = super().__new__(cls)
@@ -150,6 +154,21 @@ class GradientHook:
         """Scalar int64, inside `apply`: the updates the optimizer has made so far."""
         return self._step("step").index
 
+    @property
+    def loss(self) -> tf.Tensor:
+        """Scalar float32, inside `apply`: the loss of the global batch.
+
+        For hooks with `uses_loss = True`.
+        """
+        loss = self._step("loss").loss
+        if loss is None:
+            raise RuntimeError(
+                f"{self.name!r} looks at the loss, and this step has none: its class must "
+                "say `uses_loss = True`, and the step must compute a loss itself instead "
+                "of passing gradients to `apply_gradients`."
+            )
+        return loss
+
     def report(self, name: str, value: Any, reduction: str = "mean") -> None:
         """Adds a scalar to the logs; to be called in `apply`.
 
@@ -192,10 +211,25 @@ class GradientHook:
             raise RuntimeError(f"`unit` can be used once {self.name!r} is being built.")
         return self._units(variable)
 
-    def frozen_positions(self, epoch: int) -> list[int]:
-        """Positions in the model's trainable variables to be frozen in this epoch.
+    def after_update(self, before: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:
+        """Looks at, or changes, what the optimizer made of the weights.
+
+        Runs after the update, skipped or not; `report` may be used. For hooks with
+        `watches_update = True`.
+
+        Args:
+            before: the values of the hook's variables before the update.
+            variables: those variables, the ones being trained, in the same order.
+        """
+
+    def frozen_positions(self, epoch: int, step: int) -> list[int]:
+        """Positions in the model's trainable variables to be frozen now.
 
         Asked before each call of the train function; hooks that freeze answer.
+
+        Args:
+            epoch: of `fit`, from 0.
+            step: the number of steps made so far, in all calls of `fit`.
         """
         return []
 
@@ -242,7 +276,10 @@ class GradientHook:
     def _step(self, what: str) -> Any:
         step = current_step()
         if step is None or step.hook is not self:
-            raise RuntimeError(f"`{what}` can be used only inside `apply` of {self.name!r}.")
+            raise RuntimeError(
+                f"`{what}` can be used only inside `apply` and `after_update` of "
+                f"{self.name!r}."
+            )
         return step
 
     def _prepare(self, variables: Sequence[Any], units: Callable[[Any], Any]) -> None:

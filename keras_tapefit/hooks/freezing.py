@@ -41,7 +41,7 @@ class Freezing(GradientHook):
         _epoch_range(epochs)
         self.epochs = epochs
 
-    def frozen_positions(self, epoch: int) -> list[int]:
+    def frozen_positions(self, epoch: int, step: int) -> list[int]:
         start, stop = _epoch_range(self.epochs)
         inside = start <= epoch and (stop is None or epoch < stop)
         return self._positions if inside else []

@@ -176,6 +176,11 @@ class HookList(MutableSequence[GradientHook]):
         """Whether any of the hooks is a gate."""
         return any(hook.may_skip_steps for hook in self._hooks)
 
+    @property
+    def uses_loss(self) -> bool:
+        """Whether any of the hooks looks at the loss."""
+        return any(hook.uses_loss for hook in self._hooks)
+
     def structure(self) -> tuple[tuple[int, int], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
         return tuple((id(hook), hook._structure) for hook in self._hooks)
@@ -200,6 +205,32 @@ class HookList(MutableSequence[GradientHook]):
                 step.hook = hook
                 gradients = _apply(hook, gradients)
         return gradients
+
+
+    def watch_update(self, variables: Sequence[Any], step: Step) -> Callable[[], None]:
+        """Puts weights aside for the hooks that look at the update.
+
+        Args:
+            variables: those being trained.
+            step: takes up what the hooks report.
+
+        Returns:
+            What is to be called after the update.
+        """
+        watched = [
+            (hook, chosen, [tf.identity(v.value) for v in chosen])
+            for hook in self._hooks
+            if hook.watches_update
+            for chosen in [[variables[i] for i in _positions(hook, variables)]]
+        ]
+
+        def after() -> None:
+            with running(step):
+                for hook, chosen, before in watched:
+                    step.hook = hook
+                    hook.after_update(before, chosen)
+
+        return after
 
 
 class HookHandle:
@@ -245,16 +276,20 @@ def check_hooks(value: Any) -> list[GradientHook]:
     return [as_hook(hook) for hook in value]
 
 
-def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
+def _positions(hook: GradientHook, variables: Sequence[Any]) -> list[int]:
     model_variables = hook._model_variables or []
     members = {id(model_variables[i]) for i in hook._positions}
     known = {id(variable) for variable in model_variables}
-    positions = [
+    return [
         i
-        for i, v in enumerate(gradients.variables)
-        if id(v) in members or (hook.targets is None and id(v) not in known)
+        for i, v in enumerate(variables)
+        if (id(v) in members or (hook.targets is None and id(v) not in known))
+        and not _is_overwritten(v)
     ]
-    positions = [i for i in positions if not _is_overwritten(gradients.variables[i])]
+
+
+def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
+    positions = _positions(hook, gradients.variables)
     if not positions:
         return gradients
     given = gradients._subset(positions).with_unique_rows()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
 from typing import Any
 
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation, GradientMethod
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.reports import Reports
+from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.saved_state import SavedState
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.rollback import Rollback
@@ -32,7 +34,9 @@ class Runtime:
         self.epoch = 0
         self.state = SavedState(self.hooks)
         self.scheduled: set[int] = set()
+        self.steps = 0
         self._reports: Reports | None = None
+        self._units: dict[int, Unit] = {}
 
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
@@ -48,33 +52,45 @@ class Runtime:
         Harmless to call often, in a trace too; where the model has no weights yet, it
         is called again once it has.
         """
+        if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+            # Inside one replica variables cannot be made: they were made outside.
+            return
         variables = self.candidates()
         if not variables:
             return
-        with tf.init_scope(), self.model.distribute_strategy.scope():
+        with tf.init_scope(), self._strategy_scope():
             if optimizer is not None and optimizer is getattr(self.model, "optimizer", None):
-                self._build_optimizer(optimizer, variables)
+                optimizers.build(optimizer, variables)
             if self.hooks:
                 self.hooks.prepare(variables, self._unit)
                 self.state.restore_pending()
                 if self._reports is None:
                     self._reports = Reports(128 + 4 * len(variables))
 
-    def _build_optimizer(self, optimizer: Any, variables: Sequence[Any]) -> None:
-        optimizers.build(optimizer, variables)
+    def _strategy_scope(self) -> Any:
+        strategy = keras_trainer.strategy_of(self.model)
+        return contextlib.nullcontext() if strategy is None else strategy.scope()
 
-    def _unit(self, variable: Any) -> Any:
-        from keras_tapefit.gradients.units import unit_axes
-
-        return unit_axes(self.model)[id(variable)]
+    def _unit(self, variable: Any) -> Unit:
+        if id(variable) not in self._units:
+            self._units = unit_axes(self.model)
+        # A bare variable belongs to no layer: it is one unit.
+        whole = Unit(tuple(range(len(variable.shape))))
+        return self._units.get(id(variable), whole)
 
     @property
     def reports(self) -> Reports:
         """The log entries of the epoch; there is none before `prepare`."""
         if self._reports is None:
-            with tf.init_scope(), self.model.distribute_strategy.scope():
+            with tf.init_scope(), self._strategy_scope():
                 self._reports = Reports(128 + 4 * len(self.candidates()))
         return self._reports
+
+    def begin_training(self) -> None:
+        """Reads the step count once; from here on it is counted without the device."""
+        optimizer = getattr(self.model, "optimizer", None)
+        built = optimizer is not None and optimizer.built
+        self.steps = int(optimizer.iterations.numpy()) if built else 0
 
     def begin_epoch(self, epoch: int | None = None) -> None:
         """Starts the log entries anew."""
@@ -106,20 +122,21 @@ class Runtime:
         """Puts aside what a rejected step must not leave behind."""
         return Rollback(self.volatile_variables()) if self.may_reject() else None
 
-    def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> Outcome:
+    def update(
+        self, gradients: Gradients, optimizer: Any, scaled: bool, loss: Any = None
+    ) -> Outcome:
         """Takes gradients to the weights, through the hooks."""
         if optimizer is getattr(self.model, "optimizer", None):
             self.prepare(optimizer)
         else:
             self.prepare()
-        return update(gradients, optimizer, self.hooks, scaled)
+        return update(gradients, optimizer, self.hooks, scaled, loss)
 
     def follow_schedules(self) -> None:
-        """Freezes and unfreezes what hooks say for this epoch."""
-        candidates: list[Any] | None = None
+        """Freezes and unfreezes what hooks say for this epoch and step."""
         wanted: set[int] = set()
         for hook in self.hooks:
-            wanted.update(hook.frozen_positions(self.epoch))
+            wanted.update(hook.frozen_positions(self.epoch, self.steps))
         if wanted == self.scheduled:
             return
         candidates = self.candidates()

@@ -26,12 +26,13 @@ class StepScope:
         self.updated = False
         self.report_names: list[str] = []
         self._rollback = runtime.rollback()
+        self.loss: tf.Tensor | None = None
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
 
     def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
         """Takes gradients to the weights and remembers the outcome."""
-        outcome = self.runtime.update(gradients, optimizer, scaled)
+        outcome = self.runtime.update(gradients, optimizer, scaled, self.loss)
         self.updated = True
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
@@ -85,3 +86,10 @@ def open_scope(runtime: Runtime) -> StepScope | None:
     """Returns the scope of the step that runs in this thread for a model, if any."""
     scope = _open.scope
     return scope if scope is not None and scope.runtime is runtime else None
+
+
+def note_loss(runtime: Runtime, loss: Any) -> None:
+    """Remembers the loss of the step that is open, for hooks that look at it."""
+    scope = open_scope(runtime)
+    if scope is not None:
+        scope.loss = loss

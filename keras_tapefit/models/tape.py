@@ -76,6 +76,7 @@ class StepTape(tf.GradientTape):
             raise ValueError("`minimize` got no variables to update.")
         prepare_optimizer(self._runtime, optimizer, variables)
         seed = optimizer.scale_loss(tf.ones_like(loss))
+        self._scope.loss = loss
         gradients = self.gradient(loss, variables, output_gradients=seed)
         pairs = zip(gradients, variables, strict=True)
         self._scope.update(Gradients(pairs), optimizer, scaled=True)

@@ -48,6 +48,7 @@ class TrainFunction:
             self._keep_averages()
         function, names = self._traces[key]
         logs = function(iterator)
+        runtime.steps += self._model.steps_per_execution
         if runtime.hooks:
             runtime.reports.live = names
             runtime.check_hooks()

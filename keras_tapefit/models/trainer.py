@@ -17,7 +17,7 @@ from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
 from keras_tapefit.models import compile_arguments, keras_trainer
 from keras_tapefit.models.runtime import Runtime, runtime_of
-from keras_tapefit.models.scope import StepScope, open_scope
+from keras_tapefit.models.scope import StepScope, note_loss, open_scope
 from keras_tapefit.models.tape import StepTape, prepare_optimizer
 from keras_tapefit.models.train_function import TrainFunction
 from keras_tapefit.update import optimizers, trainable
@@ -361,8 +361,8 @@ class _Objective:
 
     def tape(self) -> tf.GradientTape:
         model = self._model
-        variables = model.trainable_variables if model.built else []
-        if len(variables) == len(runtime_of(model).candidates()):
+        variables = model.trainable_variables
+        if not model.built or len(variables) == len(runtime_of(model).candidates()):
             return tf.GradientTape()
         return _TapeOf(variables)
 
@@ -371,6 +371,7 @@ class _Objective:
         y_pred = keras_trainer.forward(model, batch[0], training=True)
         loss = keras_trainer.compute_loss(model, batch, y_pred, training=True)
         keras_trainer.track_loss(model, loss, batch[0])
+        note_loss(runtime_of(model), loss)
         if model.optimizer is not None:
             loss = model.optimizer.scale_loss(loss)
         return loss, y_pred
@@ -408,6 +409,9 @@ class _Clock(keras.callbacks.Callback):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self._runtime = runtime
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._runtime.begin_training()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._runtime.begin_epoch(epoch)

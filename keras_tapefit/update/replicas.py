@@ -28,6 +28,13 @@ def all_reduce(gradients: Gradients) -> Gradients:
     )
 
 
+def sum_over(value: Any) -> Any:
+    """Sums a tensor over replicas."""
+    if count() == 1:
+        return value
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
 def when(
     predicate: tf.Tensor, fn: Callable[[Sequence[Any]], None], arguments: Sequence[Any]
 ) -> None:

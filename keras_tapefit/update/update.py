@@ -32,7 +32,9 @@ def may_reject(optimizer: Any, hooks: HookList) -> bool:
     return hooks.may_skip_steps or (len(hooks) > 0 and optimizers.is_dynamic(optimizer))
 
 
-def update(gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool) -> Outcome:
+def update(
+    gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool, loss: Any = None
+) -> Outcome:
     """Takes gradients through replicas, loss scale, hooks, gate and optimizer.
 
     Steps 4 to 9 of a step. Without hooks and on one replica it is
@@ -43,6 +45,7 @@ def update(gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool) 
         optimizer: a built Keras optimizer.
         hooks: built hooks.
         scaled: whether the gradients are those of the loss times the loss scale.
+        loss: this replica's share of the loss, where it is known.
 
     Returns:
         What became of the step.
@@ -64,6 +67,8 @@ def update(gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool) 
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
 
     step = Step(index=tf.cast(optimizer.iterations, tf.int64))
+    if hooks.uses_loss and loss is not None:
+        step.loss = tf.cast(replicas.sum_over(loss), tf.float32)
     gradients = hooks.run(gradients, step)
     admitted = _verdict(step)
 
@@ -71,7 +76,9 @@ def update(gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool) 
         # A step that overflowed stays so whatever the hooks made of it: the optimizer
         # then skips it and halves the scale by itself.
         gradients = gradients.scale(tf.where(finite, scale, float("nan")))
+    after_update = hooks.watch_update(variables, step)
     _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
+    after_update()
     accepted = _and(admitted, finite if hooks else None)
     return Outcome(accepted, step.reports)
 

@@ -1,0 +1,158 @@
+"""Runs the main program of every example and looks at what it printed.
+
+They run in this process, because importing TensorFlow takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUMBER = r"(-?\d+\.\d+)"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Returns a function that runs an example and returns its status and its lines."""
+    # The examples choose no backend for plots by themselves; a test has no display.
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def run(name: str, *arguments: str) -> tuple[int, list[str]]:
+        keras.utils.clear_session()
+        spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        capsys.readouterr()
+        status = module.main(list(arguments))
+        return status or 0, capsys.readouterr().out.splitlines()
+
+    yield run
+    keras.utils.clear_session()
+
+
+def matches(pattern: str, lines: list[str]) -> list[re.Match]:
+    return [match for line in lines if (match := re.search(pattern, line))]
+
+
+def test_every_example_is_tested():
+    source = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f'run("{path.stem}"' in source, f"{path.name} has no test here"
+
+
+def test_quickstart(run):
+    _, lines = run("quickstart")
+
+    (accuracy,) = matches(f"test accuracy: {NUMBER}", lines)
+    assert float(accuracy[1]) > 0.95
+    epochs = matches(rf"^ *\d+ +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", lines)
+    assert len(epochs) >= 4
+    assert float(epochs[-1][1]) < float(epochs[0][1])
+    for epoch in epochs:
+        before, after = float(epoch[3]), float(epoch[4])
+        # Of each step's norm the smaller of itself and 1.0 is left.
+        assert 0 < after <= min(before, 1.0) + 1e-4
+
+
+def test_explicit_loop(run):
+    status, lines = run("explicit_loop")
+
+    assert status == 0
+    assert lines[-1] == "weights: all 6 variables are equal, bit for bit"
+    by_hand = [line.removeprefix("loop") for line in lines if line.startswith("loop ")]
+    by_fit = [line.removeprefix("fit ") for line in lines if line.startswith("fit ")]
+    assert len(by_hand) == len(by_fit) == 5
+    assert by_hand == by_fit
+    assert float(matches(f"test accuracy {NUMBER}", lines)[-1][1]) > 0.9
+
+
+def test_explicit_loop_notices_a_difference(run, monkeypatch):
+    """A comparison that cannot fail would show nothing."""
+    fit = keras.Model.fit
+
+    def fit_and_shift(model, *args, **kwargs):
+        history = fit(model, *args, **kwargs)
+        bias = model.weights[-1]
+        bias.assign(np.nextafter(bias.numpy(), np.float32(1)))
+        return history
+
+    monkeypatch.setattr(keras.Model, "fit", fit_and_shift)
+    status, lines = run("explicit_loop", "--epochs", "1")
+
+    assert status == 1
+    assert lines[-1] == "weights: 1 of 6 variables differ"
+
+
+def test_inspect_gradients(run):
+    _, lines = run("inspect_gradients")
+
+    header = next(line for line in lines if line.startswith("example"))
+    columns = header.split()[2:]
+    layers, kinds = ("conv", "hidden", "scores"), ("kernel", "bias")
+    paths = [f"{layer}/{kind}" for layer in layers for kind in kinds]
+    assert columns == [*paths, "all"]
+    rows = [line.split() for line in lines if re.match(r" *\d+ +\d ", line)]
+    assert [row[0] for row in rows] == [str(i) for i in range(10)]
+    for row in rows:
+        *norms, total = map(float, row[2:])
+        assert np.linalg.norm(norms) == pytest.approx(total, abs=1e-3)
+        assert total > 0
+    together = {match[1]: float(match[2]) for match in matches(rf"^  (\S+/\S+): {NUMBER}", lines)}
+    assert set(together) == set(paths)
+
+    (plain,) = matches(rf"without a hook: {NUMBER}", lines)
+    (hooked,) = matches(rf"with the hook .*: {NUMBER}", lines)
+    (removed,) = matches(rf"after handle.remove\(\): {NUMBER}", lines)
+    assert float(hooked[1]) == pytest.approx(float(plain[1]) / 2, abs=2e-6)
+    assert float(removed[1]) == float(plain[1]) > 0
+
+
+def test_fine_tune_resnet50(run):
+    _, lines = run("fine_tune_resnet50")
+
+    epochs = matches(rf"loss {NUMBER}  learning rate (\S+)  variables in training (\d+)", lines)
+    frozen = [epoch for epoch in epochs if float(epoch[2]) == pytest.approx(1e-4)]
+    unfrozen = [epoch for epoch in epochs if float(epoch[2]) == pytest.approx(1e-5)]
+    assert len(frozen) + len(unfrozen) == len(epochs)
+    # The head: two dense layers. ResNet50: 53 convolutions with their biases, and 53
+    # normalizations with gamma and beta.
+    assert {epoch[3] for epoch in frozen} == {"4"}
+    assert {epoch[3] for epoch in unfrozen} == {str(4 + 53 * 2 + 53 * 2)}
+    predictions = matches(rf"^predicted ([a-z 0-9]+) \({NUMBER}\), truth (\w+)$", lines)
+    assert [match[3] for match in predictions] == [
+        "temple",
+        "lake",
+        "trees",
+        "flower",
+        "leaves",
+    ]
+    assert sum(match[1] == match[3] for match in predictions) >= 4
+
+
+def test_linear_regression(run, tmp_path):
+    from matplotlib.image import imread
+
+    status, lines = run("linear_regression", "--output-dir", str(tmp_path))
+
+    assert status == 0
+    assert lines[-1] == "the two paths are equal, bit for bit, over 20 epochs"
+    rows = [list(map(float, line.split())) for line in lines if re.match(r" +\d+ ", line)]
+    assert [row[0] for row in rows] == list(range(21))
+    assert rows[0][1:] == [5.0, 5.0, 0.0, 0.0]
+    for row in rows:
+        assert row[1] == row[2] and row[3] == row[4]
+    # Gradient descent ends near the least squares line, which is near the true one.
+    assert rows[-1][1] == pytest.approx(3.0, abs=0.2)
+    assert rows[-1][3] == pytest.approx(2.0, abs=0.2)
+    (restored,) = matches(f"read back: w = {NUMBER}, b = {NUMBER}", lines)
+    assert [float(restored[1]), float(restored[2])] == [rows[-1][1], rows[-1][3]]
+    image = imread(tmp_path / "linear_regression.png")
+    assert image.shape[0] >= 300 and image.shape[1] >= 600
+    # Points, lines and text: neither blank nor of one colour.
+    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
