@@ -10,8 +10,20 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 
 
+Batch = tuple[Any, Any, Any]
+"""`(x, y, sample_weight)`."""
+
+
 class Objective(Protocol):
-    """The loss of a model on a batch, as a way to get gradients sees it."""
+    """The loss of a model on a batch, as a way to get gradients sees it.
+
+    Attributes:
+        noted: the loss of the last forward pass, without loss scale.
+        wants_parts: whether the norms of the parts of a batch are asked for.
+    """
+
+    noted: Any
+    wants_parts: bool
 
     def tape(self) -> tf.GradientTape:
         """Returns a tape that watches the variables being trained."""
@@ -28,6 +40,34 @@ class Objective(Protocol):
 
     def variables(self) -> list[Any]:
         """Returns the variables being trained; to be asked after the forward pass."""
+
+    def batch_size(self, batch: Batch) -> Any:
+        """Returns the number of examples: an integer where it is known, else a tensor."""
+
+    def weight(self, batch: Batch, outputs: Any) -> tf.Tensor:
+        """Returns the weight of a part of a batch in the loss of the whole.
+
+        Args:
+            batch: the part.
+            outputs: of the model on the part.
+        """
+
+    def masks(self, outputs: Any) -> list[Any]:
+        """Returns the mask of each output, flat, `None` where there is none."""
+
+    def set_masks(self, outputs: Any, masks: list[Any]) -> None:
+        """Gives each output its mask."""
+
+    def note(self, loss: Any) -> None:
+        """Says what the loss of the step is, for hooks and records."""
+
+    def note_parts(self, norms: tf.Tensor, weights: tf.Tensor) -> None:
+        """Says how large the gradients of the parts of the batch are.
+
+        Args:
+            norms: of shape `[num_parts]`.
+            weights: of shape `[num_parts]`, as `weight` gives them.
+        """
 
 
 class GradientMethod:

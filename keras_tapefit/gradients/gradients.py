@@ -193,6 +193,11 @@ class Gradients:
 
         return self._with([scaled(g) for g in self._values])
 
+    def plus(self, other: Gradients) -> Gradients:
+        """Adds the gradients of `other`, of the same variables in the same order."""
+        sums = [_sparse.add(a, b) for a, b in zip(self._values, other._values, strict=True)]
+        return self._with(sums, unique_rows=False)
+
     def select(self, targets: _targets.Targets) -> Gradients:
         """Returns the gradients of the variables that `targets` selects.
 

@@ -50,3 +50,14 @@ def with_values(gradient: Gradient, values: tf.Tensor) -> Gradient:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     return values
+
+
+def add(a: Gradient | None, b: Gradient | None) -> Gradient | None:
+    """Returns the sum of two gradients; two sparse ones give a sparse one."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values = tf.concat([a.values, b.values], axis=0)
+        indices = tf.concat([a.indices, tf.cast(b.indices, a.indices.dtype)], axis=0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return to_dense(a) + to_dense(b)

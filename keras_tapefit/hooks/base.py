@@ -50,6 +50,7 @@ class GradientHook:
 
     may_skip_steps: ClassVar[bool] = False
     uses_loss: ClassVar[bool] = False
+    uses_parts: ClassVar[bool] = False
     watches_update: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:

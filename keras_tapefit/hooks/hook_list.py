@@ -181,6 +181,11 @@ class HookList(MutableSequence[GradientHook]):
         """Whether any of the hooks looks at the loss."""
         return any(hook.uses_loss for hook in self._hooks)
 
+    @property
+    def uses_parts(self) -> bool:
+        """Whether any of the hooks looks at the gradients of parts of the batch."""
+        return any(hook.uses_parts for hook in self._hooks)
+
     def structure(self) -> tuple[tuple[int, int], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
         return tuple((id(hook), hook._structure) for hook in self._hooks)

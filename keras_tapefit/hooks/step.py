@@ -28,6 +28,8 @@ class Step:
     Attributes:
         index: scalar int64, the number of updates the optimizer has made.
         loss: scalar float32, the loss of the global batch, where a hook asks for it.
+        parts: the mean square norm of the gradients of the parts of the global batch,
+            scalar float32, and how many parts there are; where a hook asks for it.
         reports: the scalars reported, in order.
         rejections: scalar bools; any that is true skips the update.
         hook: the hook that is being applied.
@@ -35,6 +37,7 @@ class Step:
 
     index: tf.Tensor
     loss: tf.Tensor | None = None
+    parts: tuple[tf.Tensor, int] | None = None
     reports: list[Report] = field(default_factory=list)
     rejections: list[tf.Tensor] = field(default_factory=list)
     hook: Any = None

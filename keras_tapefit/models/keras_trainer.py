@@ -2,8 +2,8 @@
 
 Private names used here: `Model._compute_loss`, `_loss_tracker`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
-`_distribute_strategy`, and `keras.src.losses.loss.unscale_loss_for_distribution`. Checked
-with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
+`_distribute_strategy`, `keras.src.losses.loss.unscale_loss_for_distribution`, and of
+`keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`. Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.losses.loss import unscale_loss_for_distribution
 
 
@@ -41,6 +42,56 @@ def batch_size(x: Any) -> tf.Tensor:
     # Not `tf.nest`: the two differ on None and on the order of dictionaries.
     first = next(value for value in keras.tree.flatten(x) if value is not None)
     return tf.shape(first)[0]
+
+
+def static_batch_size(x: Any) -> Any:
+    """Returns the batch size as an integer where it is known, else as a scalar tensor."""
+    first = next(value for value in keras.tree.flatten(x) if value is not None)
+    known = first.shape[0]
+    return tf.shape(first)[0] if known is None else int(known)
+
+
+def loss_weight(model: Any, batch: tuple[Any, Any, Any], y_pred: Any) -> tf.Tensor:
+    """Returns by what the loss of a part of a batch counts in that of the whole batch.
+
+    What Keras's reductions divide by: the number of examples; with a mask on the output
+    the number of unmasked elements; with `"mean_with_sample_weight"` the total weight.
+
+    Raises:
+        ValueError: when a loss is compiled with `reduction="sum"`.
+    """
+    x, _, sample_weight = batch
+    reductions = {loss.reduction for loss in _losses(model)}
+    if "sum" in reductions:
+        raise ValueError(
+            "`micro_batches` needs a loss that is a mean over examples. Received: a loss "
+            "with reduction='sum', whose regularization terms would count once for each "
+            "part. Use reduction='sum_over_batch_size' and a larger learning rate."
+        )
+    if reductions == {"mean_with_sample_weight"} and sample_weight is not None:
+        weights = keras.tree.flatten(sample_weight)
+        return tf.reduce_sum(tf.cast(weights[0], tf.float32))
+    masks = masks_of(y_pred)
+    if len(masks) == 1 and masks[0] is not None:
+        return tf.reduce_sum(tf.cast(masks[0], tf.float32))
+    return tf.cast(batch_size(x), tf.float32)
+
+
+def masks_of(y_pred: Any) -> list[Any]:
+    """Returns the mask of each output, flat; `None` where there is none."""
+    return [get_keras_mask(output) for output in keras.tree.flatten(y_pred)]
+
+
+def set_masks(y_pred: Any, masks: list[Any]) -> None:
+    """Gives each output its mask, which losses and metrics look for."""
+    for output, mask in zip(keras.tree.flatten(y_pred), masks, strict=True):
+        if mask is not None:
+            set_keras_mask(output, mask)
+
+
+def _losses(model: Any) -> list[Any]:
+    given = keras.tree.flatten(model.loss) if model.loss is not None else []
+    return [loss for loss in given if isinstance(loss, keras.losses.Loss)]
 
 
 def loss_tracker(model: Any) -> Any:

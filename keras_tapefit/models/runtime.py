@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.backward import Backpropagation, GradientMethod
+from keras_tapefit.backward import Backpropagation, GradientMethod, MicroBatches
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
@@ -41,6 +41,12 @@ class Runtime:
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
         return trainable.trainable_candidates(self.model)
+
+    def gradient_method(self) -> GradientMethod:
+        """Returns how the gradients of a batch are computed."""
+        if self.micro_batches == 1:
+            return self.backward
+        return MicroBatches(self.backward, self.micro_batches)
 
     def may_reject(self) -> bool:
         """Whether a step can be skipped as a whole."""
@@ -123,14 +129,19 @@ class Runtime:
         return Rollback(self.volatile_variables()) if self.may_reject() else None
 
     def update(
-        self, gradients: Gradients, optimizer: Any, scaled: bool, loss: Any = None
+        self,
+        gradients: Gradients,
+        optimizer: Any,
+        scaled: bool,
+        loss: Any = None,
+        parts: Any = None,
     ) -> Outcome:
         """Takes gradients to the weights, through the hooks."""
         if optimizer is getattr(self.model, "optimizer", None):
             self.prepare(optimizer)
         else:
             self.prepare()
-        return update(gradients, optimizer, self.hooks, scaled, loss)
+        return update(gradients, optimizer, self.hooks, scaled, loss, parts)
 
     def follow_schedules(self) -> None:
         """Freezes and unfreezes what hooks say for this epoch and step."""

@@ -27,12 +27,13 @@ class StepScope:
         self.report_names: list[str] = []
         self._rollback = runtime.rollback()
         self.loss: tf.Tensor | None = None
+        self.parts: tuple[tf.Tensor, tf.Tensor] | None = None
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
 
     def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
         """Takes gradients to the weights and remembers the outcome."""
-        outcome = self.runtime.update(gradients, optimizer, scaled, self.loss)
+        outcome = self.runtime.update(gradients, optimizer, scaled, self.loss, self.parts)
         self.updated = True
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
@@ -93,3 +94,10 @@ def note_loss(runtime: Runtime, loss: Any) -> None:
     scope = open_scope(runtime)
     if scope is not None:
         scope.loss = loss
+
+
+def note_parts(runtime: Runtime, norms: tf.Tensor, weights: tf.Tensor) -> None:
+    """Remembers the norms of the gradients of the parts of a batch."""
+    scope = open_scope(runtime)
+    if scope is not None:
+        scope.parts = (norms, weights)

@@ -16,8 +16,9 @@ from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
 from keras_tapefit.models import compile_arguments, keras_trainer
+from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
-from keras_tapefit.models.scope import StepScope, note_loss, open_scope
+from keras_tapefit.models.scope import StepScope, open_scope
 from keras_tapefit.models.tape import StepTape, prepare_optimizer
 from keras_tapefit.models.train_function import TrainFunction
 from keras_tapefit.update import optimizers, trainable
@@ -40,7 +41,9 @@ class TapeTrainer:
         runtime = runtime_of(self)
         # Forward pass and loss under the tape, backward pass over the variables being
         # trained now.
-        gradients, y_pred = runtime.backward.compute(_Objective(self), batch)
+        objective = ModelObjective(self)
+        gradients, y_pred = runtime.gradient_method().compute(objective, batch)
+        keras_trainer.track_loss(self, objective.noted, x)
         # Replicas summed, loss scale removed; hooks; gate; optimizer.
         if len(gradients):
             _update(runtime, gradients, self.optimizer, scaled=True)
@@ -267,7 +270,7 @@ class TapeTrainer:
         if not self.built:
             keras_trainer.forward(self, batch[0], training=False)
         rollback = Rollback(runtime.volatile_variables())
-        gradients, _ = runtime.backward.compute(_Objective(self), batch)
+        gradients, _ = runtime.backward.compute(ModelObjective(self), batch)
         rollback.restore_unless(tf.constant(False))
         scale = optimizers.loss_scale(self.optimizer)
         if scale is not None:
@@ -336,48 +339,6 @@ class TapeTrainer:
         ```
         """
         _set_trainable(self, targets, True)
-
-
-class _TapeOf(tf.GradientTape):
-    """A tape with nothing but some variables in it, so that what leads to others only
-    is not even recorded."""
-
-    def __init__(self, variables: list[Any]) -> None:
-        super().__init__(watch_accessed_variables=False)
-        self._tapefit_variables = variables
-
-    def __enter__(self) -> _TapeOf:
-        super().__enter__()
-        for variable in self._tapefit_variables:
-            self.watch(variable.value)
-        return self
-
-
-class _Objective:
-    """The loss of a model, as `backward` sees it."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def tape(self) -> tf.GradientTape:
-        model = self._model
-        variables = model.trainable_variables
-        if not model.built or len(variables) == len(runtime_of(model).candidates()):
-            return tf.GradientTape()
-        return _TapeOf(variables)
-
-    def loss(self, batch: tuple[Any, Any, Any]) -> tuple[tf.Tensor, Any]:
-        model = self._model
-        y_pred = keras_trainer.forward(model, batch[0], training=True)
-        loss = keras_trainer.compute_loss(model, batch, y_pred, training=True)
-        keras_trainer.track_loss(model, loss, batch[0])
-        note_loss(runtime_of(model), loss)
-        if model.optimizer is not None:
-            loss = model.optimizer.scale_loss(loss)
-        return loss, y_pred
-
-    def variables(self) -> list[Any]:
-        return self._model.trainable_variables
 
 
 def _update(runtime: Runtime, gradients: Gradients, optimizer: Any, scaled: bool) -> None:

@@ -33,7 +33,12 @@ def may_reject(optimizer: Any, hooks: HookList) -> bool:
 
 
 def update(
-    gradients: Gradients, optimizer: Any, hooks: HookList, scaled: bool, loss: Any = None
+    gradients: Gradients,
+    optimizer: Any,
+    hooks: HookList,
+    scaled: bool,
+    loss: Any = None,
+    parts: Any = None,
 ) -> Outcome:
     """Takes gradients through replicas, loss scale, hooks, gate and optimizer.
 
@@ -46,6 +51,7 @@ def update(
         hooks: built hooks.
         scaled: whether the gradients are those of the loss times the loss scale.
         loss: this replica's share of the loss, where it is known.
+        parts: norms and weights of the gradients of the micro-batches, if any.
 
     Returns:
         What became of the step.
@@ -58,6 +64,7 @@ def update(
         optimizers.apply(optimizer, gradients.values(), variables)
         return Outcome(None, [])
 
+    square_norm = _parts(gradients, parts, scale if scaled else None) if hooks.uses_parts else None
     gradients = replicas.all_reduce(gradients)
     if hooks:
         gradients = gradients.with_unique_rows()
@@ -69,6 +76,7 @@ def update(
     step = Step(index=tf.cast(optimizer.iterations, tf.int64))
     if hooks.uses_loss and loss is not None:
         step.loss = tf.cast(replicas.sum_over(loss), tf.float32)
+    step.parts = square_norm
     gradients = hooks.run(gradients, step)
     admitted = _verdict(step)
 
@@ -81,6 +89,25 @@ def update(
     after_update()
     accepted = _and(admitted, finite if hooks else None)
     return Outcome(accepted, step.reports)
+
+
+def _parts(gradients: Gradients, parts: Any, scale: Any) -> tuple[tf.Tensor, int] | None:
+    """Returns the mean square norm of the parts of the global batch, and their number.
+
+    The parts are micro-batches, or else replicas; with neither there are none.
+    """
+    if parts is None:
+        norms = tf.reshape(tf.cast(gradients.global_norm(), tf.float32), [1])
+        weights = tf.ones(1)
+    else:
+        norms, weights = parts
+    num_parts = int(norms.shape[0]) * replicas.count()
+    if num_parts == 1:
+        return None
+    # Keras divides the loss of a replica by the number of replicas.
+    factor = replicas.count() / (1.0 if scale is None else tf.cast(scale, tf.float32))
+    mean = tf.reduce_sum(weights * tf.square(factor * norms)) / tf.reduce_sum(weights)
+    return replicas.sum_over(mean) / replicas.count(), num_parts
 
 
 def _verdict(step: Step) -> tf.Tensor | None:
