@@ -32,7 +32,7 @@ def python_blocks(page: Path) -> list[Block]:
     blocks: list[Block] = []
     language, begin, body = None, 0, []
     joins = False  # whether only blank lines came since the last ```python block
-    for number, line in enumerate(page.read_text().splitlines(), start=1):
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if language is not None:
             if line != "```":
                 body.append(line)
@@ -67,7 +67,7 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
         code = block.code.split("\n")
         lines[block.line - 1 : block.line - 1 + len(code)] = code
     source = tmp_path / f"{page.stem.lower()}_page.py"
-    source.write_text("\n".join(lines) + "\n")
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
     module = types.ModuleType(source.stem)
     module.__file__ = str(source)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -84,7 +84,7 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
 
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not link.startswith(("http://", "https://")):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
@@ -93,3 +93,11 @@ def test_readme_fit_example_is_complete_by_line_30():
     first = python_blocks(ROOT / "README.md")[0]
     assert ".fit(" in first.code
     assert first.line + first.code.count("\n") < 30
+
+
+def test_readme_has_the_two_commands_that_ci_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = dict(re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.+)\n```\n", readme))
+    assert list(commands) == ["quickstart", "tests"]
+    assert commands["quickstart"].endswith("examples/quickstart.py")
+    assert commands["tests"].endswith("-m pytest")

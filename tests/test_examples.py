@@ -41,7 +41,7 @@ def matches(pattern: str, lines: list[str]) -> list[re.Match]:
 
 
 def test_every_example_is_tested():
-    source = Path(__file__).read_text()
+    source = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         assert f'run("{path.stem}"' in source, f"{path.name} has no test here"
 

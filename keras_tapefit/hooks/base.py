@@ -49,9 +49,11 @@ class GradientHook:
     """
 
     may_skip_steps: ClassVar[bool] = False
-    uses_loss: ClassVar[bool] = False
+    uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     watches_update: ClassVar[bool] = False
+    uses_step_count: bool = False
+    _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
         self = super().__new__(cls)
@@ -64,6 +66,7 @@ class GradientHook:
         self._model_variables: list[Any] | None = None
         self._positions: list[int] = []
         self._units: Callable[[Any], Any] | None = None
+        self._owners: Callable[[Any], Any] | None = None
         self.targets: Targets = None
         self._name: str | None = None
         self._registered_name: str | None = None
@@ -212,6 +215,17 @@ class GradientHook:
             raise RuntimeError(f"`unit` can be used once {self.name!r} is being built.")
         return self._units(variable)
 
+    def layer(self, variable: Any) -> Any:
+        """Returns what tells apart the layers that hold the variables of the model.
+
+        Two variables with equal answers are held by one layer: the innermost one, so
+        the cell of a recurrent layer, or the projections of an attention layer. A bare
+        variable is alone.
+        """
+        if self._owners is None:
+            raise RuntimeError(f"`layer` can be used once {self.name!r} is being built.")
+        return self._owners(variable)
+
     def after_update(self, before: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:
         """Looks at, or changes, what the optimizer made of the weights.
 
@@ -230,7 +244,16 @@ class GradientHook:
 
         Args:
             epoch: of `fit`, from 0.
-            step: the number of steps made so far, in all calls of `fit`.
+            step: the number of steps made so far, in all calls of `fit`. Where the
+                hook says `uses_step_count = True` it is the optimizer's own count,
+                without the steps that were skipped.
+        """
+        return []
+
+    def held_positions(self) -> list[int]:
+        """Positions that this hook has frozen, as its state says, before a first step.
+
+        What was frozen when a model was saved is let go of in a run that begins later.
         """
         return []
 
@@ -245,8 +268,9 @@ class GradientHook:
         """
         config = {}
         for argument in _init_arguments(type(self)):
-            if argument == "targets":
-                config["targets"] = serialize_targets(self.targets, self._model_variables)
+            if argument in self._target_arguments:
+                targets = getattr(self, argument)
+                config[argument] = serialize_targets(targets, self._model_variables)
             elif argument == "name":
                 config["name"] = self._name
             elif isinstance(getattr(type(self), argument, None), Number):
@@ -266,7 +290,7 @@ class GradientHook:
         """Returns the hook that a config describes."""
         arguments = {}
         for key, value in config.items():
-            if key == "targets":
+            if key in cls._target_arguments:
                 arguments[key] = deserialize_targets(value)
             elif isinstance(getattr(cls, key, None), Number):
                 arguments[key] = deserialize_number(value)
@@ -283,7 +307,12 @@ class GradientHook:
             )
         return step
 
-    def _prepare(self, variables: Sequence[Any], units: Callable[[Any], Any]) -> None:
+    def _prepare(
+        self,
+        variables: Sequence[Any],
+        units: Callable[[Any], Any],
+        owners: Callable[[Any], Any],
+    ) -> None:
         """Builds the hook for a model's trainable variables, once."""
         identity = [id(v) for v in variables]
         if self._built_for == identity:
@@ -294,6 +323,7 @@ class GradientHook:
         self._built_for = identity
         self._model_variables = list(variables)
         self._units = units
+        self._owners = owners
         self._variables, self._lasting = [], []
         for number in _numbers(type(self)):
             number.make_variable(self)

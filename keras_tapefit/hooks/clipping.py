@@ -53,43 +53,62 @@ class GlobalNormClipping(GradientHook):
 
 @keras.saving.register_keras_serializable("keras_tapefit")
 class NormClipping(GradientHook):
-    """Scales each variable's gradient down where its own norm exceeds a bound.
+    """Scales the gradient of each variable, or layer, down where its norm is too large.
 
     For models whose layers have gradients of very different sizes. It changes the
-    direction of the whole step. Keras's own `clipnorm` does the same on one device for
-    dense gradients.
+    direction of the whole step; with `per_layer=True` the kernel and the bias of a layer
+    are scaled together. Keras's own `clipnorm` does it per variable, on one device and
+    for dense gradients.
 
-    Formula: `g_v ← g_v · c / max(‖g_v‖, c)`.
+    Formula: `g_v ← g_v · c / max(‖g_v‖, c)`, with the norm over the variable or over
+    all variables of its layer.
 
     Args:
         max_norm: `c`, a positive number, a schedule or a callable of the step.
+        per_layer: whether the norm is taken over all the variables that a layer holds
+            instead of over each one.
         targets: the variables to clip; `None`: all.
         name: the hook's name.
 
     Raises:
+        TypeError: when `per_layer` is no bool.
         ValueError: when `max_norm` is not positive.
 
     Example:
 
     ```python
     model.register_gradient_hook(hooks.NormClipping(1.0), targets="encoder/*")
+    model.register_gradient_hook(hooks.NormClipping(1.0, per_layer=True), targets="head/*")
     ```
     """
 
     max_norm = Number(above=0)
 
-    def __init__(self, max_norm: Any, targets: Targets = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        max_norm: Any,
+        per_layer: bool = False,
+        targets: Targets = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(targets=targets, name=name)
+        if not isinstance(per_layer, bool):
+            raise TypeError(f"`per_layer` must be a bool. Received: per_layer={per_layer!r}.")
         self.max_norm = max_norm
+        self.per_layer = per_layer
 
     def apply(self, gradients: Gradients) -> Gradients:
         max_norm = self.max_norm
+        variables = gradients.variables
+        places = [self.layer(v) if self.per_layer else id(v) for v in variables]
 
-        def clip(gradient: tf.Tensor) -> tf.Tensor:
-            norm = tf.cast(joint_norm([gradient]), tf.float32)
-            return _times(gradient, max_norm / tf.maximum(norm, max_norm))
+        def factor(place: Any) -> tf.Tensor:
+            members = [v for v, p in zip(variables, places, strict=True) if p == place]
+            norm = tf.cast(gradients.select(members).global_norm(), tf.float32)
+            return max_norm / tf.maximum(norm, max_norm)
 
-        return gradients.map(clip, keeps_zero=True)
+        factors = {place: factor(place) for place in dict.fromkeys(places)}
+        return gradients.map(_times, [factors[place] for place in places], keeps_zero=True)
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")

@@ -1,4 +1,4 @@
-"""Gates: steps that are not to be applied."""
+"""Gates: steps, or elements, that are not to be applied."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients, Targets, variable_path
 from keras_tapefit.gradients.sparse import values_of
 from keras_tapefit.hooks.base import GradientHook
+from keras_tapefit.hooks.number import Number
+from keras_tapefit.hooks.statistics import Moments, check_positive_integer
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -48,16 +50,7 @@ class SkipNonFinite(GradientHook):
     ) -> None:
         super().__init__(targets=targets, name=name)
         if max_consecutive is not None:
-            if isinstance(max_consecutive, bool) or not isinstance(max_consecutive, int):
-                raise TypeError(
-                    "`max_consecutive` must be an integer or None. "
-                    f"Received: max_consecutive={max_consecutive!r}."
-                )
-            if max_consecutive < 1:
-                raise ValueError(
-                    "`max_consecutive` must be at least 1. "
-                    f"Received: max_consecutive={max_consecutive}."
-                )
+            check_positive_integer("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
 
     def build(self, variables: Any) -> None:
@@ -105,3 +98,123 @@ class SkipNonFinite(GradientHook):
             "before that step. Look for a too large learning rate, a logarithm or "
             "division without a floor, or bad data."
         )
+
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class SkipSpikes(GradientHook):
+    """Skips a step whose gradient norm, or loss, lies far above what it was before.
+
+    For long runs that a few bad batches throw off. Clipping goes on with the direction
+    of such a batch; a skipped step leaves nothing behind, in the statistics neither. The
+    logs get `skipped_steps`, the number of steps skipped in the epoch. A value that is
+    not finite is always skipped.
+
+    Put it before hooks that change the gradients.
+
+    Formula: skip where `(n − μ) / (σ + 1e-6) > max_zscore`, with mean `μ` and standard
+    deviation `σ` of the steps before: plain over the warm-up, in which nothing is
+    skipped, then as moving averages with momentum `α`: `μ ← αμ + (1 − α)n`,
+    `σ² ← ασ² + (1 − α)(n − μ)²`.
+
+    Args:
+        max_zscore: the largest deviation that is no spike, in standard deviations; a
+            positive number, a schedule or a callable of the step.
+        monitor: what is looked at: `"gradient_norm"`, of the targets, or `"loss"`.
+        momentum: `α`, from 0 to 1.
+        num_warmup_steps: the number of steps that only fill the statistics.
+        patience: the number of steps in a row that may be skipped. The next one is
+            applied, for the level has changed then, and enters the statistics.
+        targets: the variables the norm is taken over; `None`: all.
+        name: the hook's name.
+
+    Raises:
+        TypeError, ValueError: when an argument is out of range.
+
+    Example:
+
+    ```python
+    model.register_gradient_hook(hooks.SkipSpikes(max_zscore=8.0, monitor="loss"))
+    ```
+    """
+
+    may_skip_steps = True
+    max_zscore = Number(above=0)
+    momentum = Number(minimum=0, maximum=1)
+
+    def __init__(
+        self,
+        max_zscore: Any = 6.0,
+        monitor: str = "gradient_norm",
+        momentum: Any = 0.97,
+        num_warmup_steps: int = 25,
+        patience: int = 10,
+        targets: Targets = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        if monitor not in ("gradient_norm", "loss"):
+            raise ValueError(
+                f"`monitor` must be 'gradient_norm' or 'loss'. Received: monitor={monitor!r}."
+            )
+        check_positive_integer("num_warmup_steps", num_warmup_steps)
+        check_positive_integer("patience", patience)
+        self.max_zscore = max_zscore
+        self.monitor = monitor
+        self.momentum = momentum
+        self.num_warmup_steps = num_warmup_steps
+        self.patience = patience
+        self.uses_loss = monitor == "loss"
+
+    def build(self, variables: Any) -> None:
+        self._moments = Moments(self, self.num_warmup_steps)
+        self._skipped = self.add_variable(dtype="int32", name="skipped", kept_when_skipped=True)
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        value = self.loss if self.monitor == "loss" else gradients.global_norm()
+        value = tf.cast(value, tf.float32)
+        finite = tf.math.is_finite(value)
+        is_high = self._moments.ready & (self._moments.zscore(value) > self.max_zscore)
+        bad = ~finite | (is_high & (self._skipped.value < self.patience))
+        self._moments.add(value, self.momentum, when=finite)
+        self._skipped.assign(tf.where(bad, self._skipped.value + 1, 0))
+        self.skip_step(bad)
+        return gradients
+
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class ZeroNonFinite(GradientHook):
+    """Replaces NaN and infinite elements of the gradients by zero.
+
+    Where a few elements are known to be bad and the others good. As a rule
+    `SkipNonFinite` is better: what is left of a broken gradient need not point anywhere.
+    The logs get `zeroed_elements`, their number per epoch; zero elements are not frozen
+    ones, momentum and weight decay still move them.
+
+    Formula: `g ← g where g is finite, else 0`.
+
+    Args:
+        targets: the variables whose gradients are mended; `None`: all.
+        name: the hook's name. The log entry is `zeroed_elements`, or
+            `<name>_zeroed_elements` when a name is given.
+
+    Example:
+
+    ```python
+    model.register_gradient_hook(hooks.ZeroNonFinite(targets="log_variance/*"))
+    ```
+    """
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        finite = gradients.map(tf.math.is_finite, keeps_zero=True)
+        counts = [
+            tf.math.count_nonzero(~values_of(f), dtype=tf.float32)
+            for f in finite.values()
+            if f is not None
+        ]
+        entry = "zeroed_elements" if self._name is None else f"{self._name}_zeroed_elements"
+        self.report(entry, tf.add_n(counts) if counts else 0.0, reduction="sum")
+        return gradients.map(_zero_non_finite, keeps_zero=True)
+
+
+def _zero_non_finite(gradient: tf.Tensor) -> tf.Tensor:
+    return tf.where(tf.math.is_finite(gradient), gradient, tf.zeros_like(gradient))

@@ -57,7 +57,7 @@ class HookList(MutableSequence[GradientHook]):
                 "first, or make another: "
                 f"`{type(hook).__name__}.from_config(hook.get_config())`."
             )
-        hook._registered_name = self._unique_name(hook)
+        hook._registered_name = _unique_name(hook, {other.name for other in self._hooks})
         self._hooks.insert(index, hook)
 
     def remove(self, value: Any) -> None:
@@ -143,11 +143,16 @@ class HookList(MutableSequence[GradientHook]):
                 f"The hook {strangers[0].name!r} belongs to another model already. "
                 "Remove it there first, or make another."
             )
+        # A hook that stays keeps its name: its state is saved under it.
+        names = {id(hook): hook.name for hook in hooks if id(hook) in stay}
+        for hook in hooks:
+            if id(hook) not in stay:
+                names[id(hook)] = _unique_name(hook, set(names.values()))
         for hook in self._hooks:
             hook._registered_name = None
-        self._hooks = []
         for hook in hooks:
-            self.insert(len(self), hook)
+            hook._registered_name = names[id(hook)]
+        self._hooks = list(hooks)
 
     def _position(self, key: Any) -> int:
         for position, hook in enumerate(self._hooks):
@@ -155,21 +160,6 @@ class HookList(MutableSequence[GradientHook]):
                 return position
         names = ", ".join(repr(hook.name) for hook in self._hooks) or "(none)"
         raise KeyError(f"No hook {key!r}. The hooks are: {names}.")
-
-    def _unique_name(self, hook: GradientHook) -> str:
-        taken = {other.name for other in self._hooks}
-        base = hook._name or hook._default_name()
-        if base not in taken:
-            return base
-        if hook._name is not None:
-            raise ValueError(
-                f"There is a hook named {base!r} already. Give this one another `name`, "
-                "or use `replace`."
-            )
-        number = 1
-        while f"{base}_{number}" in taken:
-            number += 1
-        return f"{base}_{number}"
 
     @property
     def may_skip_steps(self) -> bool:
@@ -190,10 +180,21 @@ class HookList(MutableSequence[GradientHook]):
         """Returns what decides the traced graph: two equal ones share a trace."""
         return tuple((id(hook), hook._structure) for hook in self._hooks)
 
-    def prepare(self, variables: Sequence[Any], units: Callable[[Any], Any]) -> None:
-        """Builds the hooks that are not built yet for a model's trainable variables."""
+    def prepare(
+        self,
+        variables: Sequence[Any],
+        units: Callable[[Any], Any],
+        owners: Callable[[Any], Any] = id,
+    ) -> None:
+        """Builds the hooks that are not built yet for a model's trainable variables.
+
+        Args:
+            variables: those that are trained when nothing is frozen.
+            units: gives the `gradients.units.Unit` of a variable.
+            owners: gives the same for variables that one layer holds.
+        """
         for hook in self._hooks:
-            hook._prepare(variables, units)
+            hook._prepare(variables, units, owners)
 
     def run(self, gradients: Gradients, step: Step) -> Gradients:
         """Applies the hooks in order.
@@ -279,6 +280,21 @@ def check_hooks(value: Any) -> list[GradientHook]:
             f"Received: {value!r} (of type {type(value).__name__})."
         )
     return [as_hook(hook) for hook in value]
+
+
+def _unique_name(hook: GradientHook, taken: set[str]) -> str:
+    base = hook._name or hook._default_name()
+    if base not in taken:
+        return base
+    if hook._name is not None:
+        raise ValueError(
+            f"There is a hook named {base!r} already. Give this one another `name`, "
+            "or use `replace`."
+        )
+    number = 1
+    while f"{base}_{number}" in taken:
+        number += 1
+    return f"{base}_{number}"
 
 
 def _positions(hook: GradientHook, variables: Sequence[Any]) -> list[int]:

@@ -77,6 +77,10 @@ class Reports:
             for slot, reduction in [self._entries[name]]
         }
 
+    def names(self) -> list[str]:
+        """Returns all log entries there have been."""
+        return list(self._entries)
+
     def reset(self) -> None:
         """Begins a new epoch."""
         self._state.assign(tf.zeros((2, self.capacity)))

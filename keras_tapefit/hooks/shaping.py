@@ -1,4 +1,4 @@
-"""Shaping: gradients scaled, or noise added to them."""
+"""Shaping: gradients scaled, centred, or noise added to them."""
 
 import random
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
+from keras_tapefit.gradients.norms import wide
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
 
@@ -112,3 +113,38 @@ class GradientNoise(GradientHook):
             return gradient + tf.cast(stddev * noise, gradient.dtype)
 
         return gradients.map(add_noise, gradients.variables)
+
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class Centralization(GradientHook):
+    """Subtracts from the gradient of each unit of a kernel its mean over the fan-in.
+
+    A regularizer for convolutional and dense kernels that costs next to nothing. Biases,
+    normalization weights and embeddings stay as they are. The fan-in axes come from the
+    layer's class, never from the rank of the variable.
+
+    Formula: `g_i ← g_i − mean(g_i)` for each output unit i.
+
+    Reference: Yong et al., 2020, "Gradient centralization: a new optimization technique
+    for deep neural networks", arXiv:2004.01461.
+
+    Args:
+        targets: the variables to centre; `None`: all kernels.
+        name: the hook's name.
+
+    Example:
+
+    ```python
+    model.register_gradient_hook(hooks.Centralization())
+    ```
+    """
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        def center(gradient: tf.Tensor, unit: Any) -> tf.Tensor:
+            if not (unit.is_kernel and unit.axes):
+                return gradient
+            mean = tf.reduce_mean(wide(gradient), unit.axes, keepdims=True)
+            return tf.cast(wide(gradient) - mean, gradient.dtype)
+
+        units = [self.unit(v) for v in gradients.variables]
+        return gradients.map(center, units, keeps_zero=[not u.is_kernel for u in units])

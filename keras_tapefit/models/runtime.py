@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +16,7 @@ from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.saved_state import SavedState
 from keras_tapefit.update import optimizers, trainable
+from keras_tapefit.update.accumulation import Accumulation
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, may_reject, update
 
@@ -34,9 +36,15 @@ class Runtime:
         self.epoch = 0
         self.state = SavedState(self.hooks)
         self.scheduled: set[int] = set()
+        self._followed: set[Any] = set()
         self.steps = 0
+        self.evaluating = False
+        self.window: Accumulation | None = None
+        self._window_of: Any = None
+        self.flushes: dict[Any, Any] = {}
         self._reports: Reports | None = None
         self._units: dict[int, Unit] = {}
+        self._owners: dict[int, int] = {}
 
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
@@ -66,12 +74,33 @@ class Runtime:
             return
         with tf.init_scope(), self._strategy_scope():
             if optimizer is not None and optimizer is getattr(self.model, "optimizer", None):
+                self._make_window(optimizer, variables)
                 optimizers.build(optimizer, variables)
             if self.hooks:
-                self.hooks.prepare(variables, self._unit)
+                self.hooks.prepare(variables, self._unit, self._owner)
                 self.state.restore_pending()
                 if self._reports is None:
                     self._reports = Reports(128 + 4 * len(variables))
+
+    def _make_window(self, optimizer: Any, variables: list[Any]) -> None:
+        num_steps = optimizers.take_over_accumulation(optimizer)
+        if num_steps == 1:
+            self.window = None
+        elif self.window is None or self._window_of is not optimizer:
+            self.window = Accumulation(variables, num_steps)
+            self._window_of = optimizer
+
+    def window_of(self, optimizer: Any) -> Accumulation | None:
+        """Returns the window in which an optimizer's gradients accumulate, if any."""
+        if optimizer is getattr(self.model, "optimizer", None):
+            self.prepare(optimizer)
+            return self.window
+        return None
+
+    def hook_variables(self) -> list[Any]:
+        """Returns the state of hooks that a rejected step must not change."""
+        lasting = {id(v) for hook in self.hooks for v in hook._lasting}
+        return [v for hook in self.hooks for v in hook.variables if id(v) not in lasting]
 
     def _strategy_scope(self) -> Any:
         strategy = keras_trainer.strategy_of(self.model)
@@ -84,6 +113,11 @@ class Runtime:
         whole = Unit(tuple(range(len(variable.shape))))
         return self._units.get(id(variable), whole)
 
+    def _owner(self, variable: Any) -> int:
+        if id(variable) not in self._owners:
+            self._owners = trainable.owners(self.model)
+        return self._owners.get(id(variable), id(variable))
+
     @property
     def reports(self) -> Reports:
         """The log entries of the epoch; there is none before `prepare`."""
@@ -91,6 +125,15 @@ class Runtime:
             with tf.init_scope(), self._strategy_scope():
                 self._reports = Reports(128 + 4 * len(self.candidates()))
         return self._reports
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Marks an evaluation, which may come in the middle of an epoch."""
+        before, self.evaluating = self.evaluating, True
+        try:
+            yield
+        finally:
+            self.evaluating = before
 
     def begin_training(self) -> None:
         """Reads the step count once; from here on it is counted without the device."""
@@ -114,14 +157,15 @@ class Runtime:
     def volatile_variables(self) -> list[Any]:
         """Returns what a step may change beside the optimizer's update."""
         trained = {id(v) for v in self.candidates()}
-        lasting = {id(v) for hook in self.hooks for v in hook._lasting}
         everything = [
             *self.model.variables,
             *self.model.metrics_variables,
             *(v for metric in self.model.metrics for v in metric.variables),
-            *(v for hook in self.hooks for v in hook.variables),
         ]
-        found = {id(v): v for v in everything if id(v) not in trained | lasting}
+        if self.window is None:
+            # With a window the hooks run at its end, and are put back there.
+            everything += self.hook_variables()
+        found = {id(v): v for v in everything if id(v) not in trained}
         return list(found.values())
 
     def rollback(self) -> Rollback | None:
@@ -145,11 +189,18 @@ class Runtime:
 
     def follow_schedules(self) -> None:
         """Freezes and unfreezes what hooks say for this epoch and step."""
+        if any(hook.uses_step_count for hook in self.hooks):
+            self.begin_training()
         wanted: set[int] = set()
+        held: set[int] = set()
         for hook in self.hooks:
+            if hook not in self._followed:
+                held.update(hook.held_positions())
             wanted.update(hook.frozen_positions(self.epoch, self.steps))
-        if wanted == self.scheduled:
+        self._followed = set(self.hooks)
+        if wanted == self.scheduled and not held:
             return
+        self.scheduled |= held
         candidates = self.candidates()
         released = [candidates[i] for i in sorted(self.scheduled - wanted)]
         frozen = [candidates[i] for i in sorted(wanted)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +12,8 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Report
 from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.update import Outcome, accumulate
 
 
 class StepScope:
@@ -27,13 +29,14 @@ class StepScope:
         self.report_names: list[str] = []
         self._rollback = runtime.rollback()
         self.loss: tf.Tensor | None = None
+        self.weight: tf.Tensor | None = None
         self.parts: tuple[tf.Tensor, tf.Tensor] | None = None
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
 
     def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
         """Takes gradients to the weights and remembers the outcome."""
-        outcome = self.runtime.update(gradients, optimizer, scaled, self.loss, self.parts)
+        outcome = self._outcome(gradients, optimizer, scaled)
         self.updated = True
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
@@ -41,6 +44,43 @@ class StepScope:
             self._accepted = (
                 outcome.accepted if before is None else before & outcome.accepted
             )
+
+    def _outcome(self, gradients: Gradients, optimizer: Any, scaled: bool) -> Outcome:
+        runtime = self.runtime
+        window = runtime.window_of(optimizer)
+        if window is None:
+            return runtime.update(gradients, optimizer, scaled, self.loss, self.parts)
+        weight = tf.constant(1.0) if self.weight is None else self.weight
+        runtime.prepare(optimizer)
+        window.missing = [g is None for g in gradients.values()]
+        return accumulate(
+            gradients, optimizer, runtime.hooks, scaled, window, weight, self.settle
+        )
+
+    def settle(self, make_update: Callable[[], Outcome]) -> None:
+        """Makes the update of a window of accumulated gradients, inside its branch."""
+        hook_state = [v for v in self.runtime.hook_variables()]
+        rollback = Rollback(hook_state) if self.runtime.may_reject() else None
+        outcome = make_update()
+        if rollback is not None and outcome.accepted is not None:
+            rollback.restore_unless(outcome.accepted)
+        self._report(outcome.reports, outcome.accepted)
+
+    def _report(self, reports: list[Report], accepted: tf.Tensor | None) -> None:
+        if self.runtime.may_reject():
+            skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
+            reports = [*reports, Report(None, "skipped_steps", skipped, "sum")]
+        if reports:
+            names = self.runtime.reports.add(reports, accepted)
+            self.report_names += [name for name in names if name not in self.report_names]
+
+    def all_report_names(self) -> list[str]:
+        """Returns the log entries that this step, or the window it is in, reports."""
+        if self.runtime.window is None or not self.runtime.hooks:
+            return self.report_names
+        # The branch that closes the window is traced for one replica, and runs eagerly
+        # at its last step only.
+        return self.runtime.reports.names()
 
     def finish(self, logs: Any) -> Any:
         """Ends the step.
@@ -57,12 +97,8 @@ class StepScope:
             if isinstance(logs, dict):
                 tracked = self.runtime.model.get_metrics_result()
                 logs = {k: tracked.get(k, v) for k, v in logs.items()}
-        reports = self._reports
-        if self._rollback is not None and self.updated:
-            skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
-            reports = [*reports, Report(None, "skipped_steps", skipped, "sum")]
-        if reports:
-            self.report_names = self.runtime.reports.add(reports, accepted)
+        if self.updated:
+            self._report(self._reports, accepted)
         return logs
 
 

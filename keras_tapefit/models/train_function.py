@@ -77,7 +77,7 @@ class TrainFunction:
         def step(data: Any) -> Any:
             with step_scope(self._runtime) as scope:
                 logs = scope.finish(self._model.train_step(data))
-            names[:] = scope.report_names
+            names[:] = scope.all_report_names()
             _warn_if_passed_over(self._runtime, scope)
             if not isinstance(logs, dict) or not names:
                 return logs

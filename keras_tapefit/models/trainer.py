@@ -21,6 +21,7 @@ from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
 from keras_tapefit.models.tape import StepTape, prepare_optimizer
 from keras_tapefit.models.train_function import TrainFunction
+from keras_tapefit.models.window import flush_window
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.rollback import Rollback
 
@@ -44,9 +45,10 @@ class TapeTrainer:
         objective = ModelObjective(self)
         gradients, y_pred = runtime.gradient_method().compute(objective, batch)
         keras_trainer.track_loss(self, objective.noted, x)
+        weigh = functools.partial(objective.weight, batch, y_pred)
         # Replicas summed, loss scale removed; hooks; gate; optimizer.
         if len(gradients):
-            _update(runtime, gradients, self.optimizer, scaled=True)
+            _update(runtime, gradients, self.optimizer, scaled=True, weigh=weigh)
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -127,7 +129,8 @@ class TapeTrainer:
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns what `compile` was called with, the hooks as they are now."""
-        config = super().get_compile_config()
+        with optimizers.accumulation_shown(getattr(self, "optimizer", None)):
+            config = super().get_compile_config()
         if not config:
             return config
         return {**config, **compile_arguments.serialize(runtime_of(self))}
@@ -165,10 +168,17 @@ class TapeTrainer:
         super().reset_metrics()
         runtime_of(self).begin_epoch()
 
+    @functools.wraps(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with runtime_of(self).paused():
+            return super().evaluate(*args, **kwargs)
+
     def _get_metrics_result_or_logs(self, logs: Any) -> Any:
+        # Called at the end of an epoch's steps, before validation and callbacks.
+        flush_window(runtime_of(self))
         # Keras reads the epoch's metrics where the step's logs have their names only.
         reported = runtime_of(self).report_results()
-        if not isinstance(logs, dict) or not all(name in logs for name in reported):
+        if not isinstance(logs, dict) or runtime_of(self).evaluating:
             return super()._get_metrics_result_or_logs(logs)
         own = {name: value for name, value in logs.items() if name not in reported}
         results = super()._get_metrics_result_or_logs(own)
@@ -341,14 +351,20 @@ class TapeTrainer:
         _set_trainable(self, targets, True)
 
 
-def _update(runtime: Runtime, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
-    scope = open_scope(runtime)
-    if scope is not None:
-        scope.update(gradients, optimizer, scaled)
-        return
-    scope = StepScope(runtime)
+def _update(
+    runtime: Runtime,
+    gradients: Gradients,
+    optimizer: Any,
+    scaled: bool,
+    weigh: Callable[[], Any] | None = None,
+) -> None:
+    opened = open_scope(runtime)
+    scope = opened or StepScope(runtime)
+    if weigh is not None and runtime.window_of(optimizer) is not None:
+        scope.weight = weigh()
     scope.update(gradients, optimizer, scaled)
-    scope.finish(None)
+    if opened is None:
+        scope.finish(None)
 
 
 def _set_trainable(model: Any, targets: Targets, value: bool) -> None:

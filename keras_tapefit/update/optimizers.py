@@ -25,6 +25,8 @@ MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 def leaves(optimizer: Any) -> Iterator[Any]:
     """Yields the optimizers that update weights, wrappers opened."""
+    if optimizer is None:
+        return
     if isinstance(optimizer, LossScaleOptimizer):
         yield from leaves(optimizer.inner_optimizer)
     elif isinstance(optimizer, MultiOptimizer):
@@ -81,6 +83,46 @@ def loss_scale(optimizer: Any) -> Any:
 def is_dynamic(optimizer: Any) -> bool:
     """Whether the optimizer skips steps and adapts its loss scale."""
     return isinstance(optimizer, LossScaleOptimizer)
+
+
+def take_over_accumulation(optimizer: Any) -> int:
+    """Takes `gradient_accumulation_steps` from an optimizer, and returns the number.
+
+    From then on the optimizer makes an update whenever it is called, so its
+    `iterations`, schedules and averages count updates. To be called before it is built.
+
+    Returns:
+        The number of steps an update is made of; 1: every step updates.
+
+    Raises:
+        ValueError: when the optimizers inside a `MultiOptimizer` differ in it.
+    """
+    found = set()
+    for leaf in leaves(optimizer):
+        if leaf.gradient_accumulation_steps:
+            leaf.__dict__["_tapefit_accumulation"] = leaf.gradient_accumulation_steps
+        found.add(leaf.__dict__.get("_tapefit_accumulation", 1))
+    if len(found) > 1:
+        raise ValueError(
+            "All optimizers of a MultiOptimizer must have the same "
+            f"`gradient_accumulation_steps`. Received: {sorted(found)}."
+        )
+    for leaf in leaves(optimizer):
+        leaf.gradient_accumulation_steps = None
+    return found.pop() if found else 1
+
+
+@contextlib.contextmanager
+def accumulation_shown(optimizer: Any) -> Iterator[None]:
+    """Has an optimizer's config hold the `gradient_accumulation_steps` taken from it."""
+    taken = [leaf for leaf in leaves(optimizer) if "_tapefit_accumulation" in leaf.__dict__]
+    for leaf in taken:
+        leaf.gradient_accumulation_steps = leaf.__dict__["_tapefit_accumulation"]
+    try:
+        yield
+    finally:
+        for leaf in taken:
+            leaf.gradient_accumulation_steps = None
 
 
 @contextlib.contextmanager

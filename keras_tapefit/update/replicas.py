@@ -35,6 +35,11 @@ def sum_over(value: Any) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
+def all_true(value: tf.Tensor) -> tf.Tensor:
+    """Returns whether a scalar bool is true on every replica."""
+    return sum_over(tf.cast(~value, tf.int32)) == 0
+
+
 def when(
     predicate: tf.Tensor, fn: Callable[[Sequence[Any]], None], arguments: Sequence[Any]
 ) -> None:

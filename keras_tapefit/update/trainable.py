@@ -24,6 +24,15 @@ def trainable_candidates(model: Any) -> list[Any]:
     return [v for v in model.variables if id(v) in made_trainable]
 
 
+def owners(model: Any) -> dict[int, int]:
+    """Returns, by the `id` of a variable, the `id` of the layer that holds it."""
+    found: dict[int, int] = {}
+    for layer in layers_of(model):
+        for variable in layer._trainable_variables:
+            found.setdefault(id(variable), id(layer))
+    return found
+
+
 class Flags:
     """The `trainable` flags of a model, read quickly.
 

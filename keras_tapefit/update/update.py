@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import Report, Step
 from keras_tapefit.update import optimizers, replicas
+from keras_tapefit.update.accumulation import Accumulation
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Outcome:
 
     accepted: tf.Tensor | None
     reports: list[Report]
+
+
+Settle = Callable[[Callable[[], Outcome]], None]
 
 
 def may_reject(optimizer: Any, hooks: HookList) -> bool:
@@ -91,6 +96,74 @@ def update(
     return Outcome(accepted, step.reports)
 
 
+def accumulate(
+    gradients: Gradients,
+    optimizer: Any,
+    hooks: HookList,
+    scaled: bool,
+    accumulation: Accumulation,
+    weight: tf.Tensor,
+    settle: Settle,
+) -> Outcome:
+    """Adds gradients to the window, and makes the update where it is full.
+
+    Args:
+        gradients: of the variables being trained, of this replica.
+        optimizer: a built Keras optimizer.
+        hooks: built hooks; they see the mean of the window.
+        scaled: whether the gradients are those of the loss times the loss scale.
+        accumulation: the window.
+        weight: scalar float32, the number of examples of the step.
+        settle: called inside the branch of the update; makes it and takes up what
+            became of it.
+
+    Returns:
+        What became of this step; its verdict is that on the batch.
+    """
+    dynamic = optimizers.is_dynamic(optimizer)
+    scale = optimizers.loss_scale(optimizer)
+    finite = None
+    if dynamic or hooks.may_skip_steps:
+        # Looked at step by step: one bad batch costs itself, not the window.
+        finite = replicas.all_true(gradients.all_finite())
+    if scaled and scale is not None:
+        gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
+    accumulation.add(gradients, weight, finite)
+    missing = [g is None for g in gradients.values()]
+    variables = gradients.variables
+    full = accumulation.is_full()
+    replicas.when(
+        full, lambda _: close(accumulation, variables, missing, optimizer, hooks, settle), []
+    )
+    if dynamic:
+        overflow = [tf.fill(tf.shape(g), float("nan")) for g in _dense(gradients)]
+        indices = [i for i, gone in enumerate(missing) if not gone]
+        replicas.when(~finite, _applying(optimizer, variables, indices), overflow)
+    return Outcome(finite, [])
+
+
+def close(
+    accumulation: Accumulation,
+    variables: Sequence[Any],
+    missing: Sequence[bool],
+    optimizer: Any,
+    hooks: HookList,
+    settle: Settle,
+) -> None:
+    """Makes the update of a window, full or not, and begins a new one."""
+
+    def make_update(_: Any) -> None:
+        mean = accumulation.mean(variables, missing)
+        settle(lambda: update(mean, optimizer, hooks, scaled=False))
+
+    replicas.when(accumulation.is_started(), make_update, [])
+    accumulation.clear()
+
+
+def _dense(gradients: Gradients) -> list[tf.Tensor]:
+    return [to_dense(g) for g in gradients.values() if g is not None]
+
+
 def _parts(gradients: Gradients, parts: Any, scale: Any) -> tuple[tf.Tensor, int] | None:
     """Returns the mean square norm of the parts of the global batch, and their number.
 
@@ -127,8 +200,19 @@ def _or_not(admitted: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor | None:
 
 
 def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> None:
-    variables = gradients.variables
     present = [i for i, g in enumerate(gradients.values()) if g is not None]
+    apply = _applying(optimizer, gradients.variables, present)
+    values = [gradients.values()[i] for i in present]
+    if admitted is None:
+        apply(values)
+    else:
+        replicas.when(admitted, apply, values)
+
+
+def _applying(
+    optimizer: Any, variables: Sequence[Any], present: Sequence[int]
+) -> Callable[[Sequence[Any]], None]:
+    """Returns what updates `variables` with the gradients of those at `present`."""
 
     def apply(values: Sequence[Any]) -> None:
         padded: list[Any] = [None] * len(variables)
@@ -137,8 +221,4 @@ def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> 
         with optimizers.already_reduced(optimizer):
             optimizers.apply(optimizer, padded, variables)
 
-    values = [gradients.values()[i] for i in present]
-    if admitted is None:
-        apply(values)
-    else:
-        replicas.when(admitted, apply, values)
+    return apply

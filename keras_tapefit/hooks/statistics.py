@@ -1,0 +1,69 @@
+"""Running mean and variance of a scalar, as state of a hook."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_tapefit.hooks.base import GradientHook
+
+
+class Moments:
+    """Mean and variance: plain over a warm-up, exponential moving averages afterwards.
+
+    Args:
+        hook: whose state they are; to be made in its `build`.
+        num_warmup_steps: the number of values in the warm-up.
+    """
+
+    def __init__(self, hook: GradientHook, num_warmup_steps: int) -> None:
+        self._num_warmup_steps = num_warmup_steps
+        self._count = hook.add_variable(dtype="int64", name="count")
+        self._mean = hook.add_variable(name="mean")
+        self._variance = hook.add_variable(name="variance")
+
+    @property
+    def mean(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self._mean.value)
+
+    @property
+    def stddev(self) -> tf.Tensor:
+        return tf.sqrt(self._variance.value)
+
+    @property
+    def ready(self) -> tf.Tensor:
+        """Scalar bool: the warm-up is over."""
+        return self._count.value >= self._num_warmup_steps
+
+    def zscore(self, value: tf.Tensor) -> tf.Tensor:
+        """Returns how many standard deviations a value lies above the mean."""
+        return (value - self.mean) / (self.stddev + 1e-6)
+
+    def add(self, value: tf.Tensor, momentum: tf.Tensor, when: tf.Tensor) -> None:
+        """Takes a value into the statistics.
+
+        Args:
+            value: scalar float32.
+            momentum: of the moving averages; the warm-up does not use it.
+            when: scalar bool; where false nothing changes.
+        """
+        mean, variance = self.mean, tf.convert_to_tensor(self._variance.value)
+        new_count = self._count.value + 1
+        # Welford's update gives mean and population variance of the warm-up.
+        rate = tf.where(self.ready, 1.0 - momentum, 1.0 / tf.cast(new_count, tf.float32))
+        new_mean = mean + rate * (value - mean)
+        spread = tf.where(
+            self.ready, tf.square(value - new_mean), (value - mean) * (value - new_mean)
+        )
+        # The square of a huge norm may be too large for float32.
+        new_variance = variance + rate * (tf.minimum(spread, spread.dtype.max) - variance)
+        self._mean.assign(tf.where(when, new_mean, mean))
+        self._variance.assign(tf.where(when, new_variance, variance))
+        self._count.assign(tf.where(when, new_count, self._count.value))
+
+
+def check_positive_integer(name: str, value: object) -> None:
+    """Raises where an argument is no integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
