@@ -111,9 +111,7 @@ class GradientHook:
         Returns:
             `Gradients` of the same variables, in the same order and shapes.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must implement `apply(self, gradients)`."
-        )
+        raise NotImplementedError(f"{type(self).__name__} must implement `apply(self, gradients)`.")
 
     def add_variable(
         self,
@@ -302,8 +300,7 @@ class GradientHook:
         step = current_step()
         if step is None or step.hook is not self:
             raise RuntimeError(
-                f"`{what}` can be used only inside `apply` and `after_update` of "
-                f"{self.name!r}."
+                f"`{what}` can be used only inside `apply` and `after_update` of {self.name!r}."
             )
         return step
 
@@ -345,7 +342,9 @@ def _init_arguments(cls: type) -> list[str]:
 
 def _serialize(value: Any) -> Any:
     plain = value is None or isinstance(value, bool | int | float | str)
-    if plain or (isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)):
+    if plain or (
+        isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)
+    ):
         return value
     return keras.saving.serialize_keras_object(value)
 

@@ -90,8 +90,7 @@ class Freezing(FreezingSchedule):
             raise ValueError("`targets` must say what to freeze. Received: targets=None.")
         if epochs is not None and steps is not None:
             raise ValueError(
-                "Give `epochs` or `steps`, not both. "
-                f"Received: epochs={epochs!r}, steps={steps!r}."
+                f"Give `epochs` or `steps`, not both. Received: epochs={epochs!r}, steps={steps!r}."
             )
         _range("epochs", epochs)
         _range("steps", steps)
@@ -147,7 +146,11 @@ class GradualUnfreezing(FreezingSchedule):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        if not isinstance(stages, list | tuple) or not stages or any(stage is None for stage in stages):
+        if (
+            not isinstance(stages, list | tuple)
+            or not stages
+            or any(stage is None for stage in stages)
+        ):
             raise TypeError(
                 "`stages` must be a list of targets, one for each stage. "
                 f"Received: stages={stages!r}."

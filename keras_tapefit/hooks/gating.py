@@ -68,9 +68,7 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        finite = tf.stack(
-            [tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present]
-        )
+        finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
         bad = ~tf.reduce_all(finite)
         places = {id(v): i for i, v in enumerate(self._watched)}
         culprits = tf.constant([places[id(v)] for _, v in present], tf.int64)

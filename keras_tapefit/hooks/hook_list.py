@@ -176,6 +176,11 @@ class HookList(MutableSequence[GradientHook]):
         """Whether any of the hooks looks at the gradients of parts of the batch."""
         return any(hook.uses_parts for hook in self._hooks)
 
+    @property
+    def watches_update(self) -> bool:
+        """Whether any of the hooks looks at the update, or changes it."""
+        return any(hook.watches_update for hook in self._hooks)
+
     def structure(self) -> tuple[tuple[int, int], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
         return tuple((id(hook), hook._structure) for hook in self._hooks)
@@ -211,7 +216,6 @@ class HookList(MutableSequence[GradientHook]):
                 step.hook = hook
                 gradients = _apply(hook, gradients)
         return gradients
-
 
     def watch_update(self, variables: Sequence[Any], step: Step) -> Callable[[], None]:
         """Puts weights aside for the hooks that look at the update.

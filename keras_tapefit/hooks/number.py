@@ -67,9 +67,7 @@ class Number:
         if hook is None:
             return self
         if self.name not in hook.__dict__:
-            raise AttributeError(
-                f"{type(hook).__name__!r} has not been given its `{self.name}`."
-            )
+            raise AttributeError(f"{type(hook).__name__!r} has not been given its `{self.name}`.")
         given = hook.__dict__[self.name]
         step = current_step()
         if step is None or step.hook is not hook or given is None:

@@ -42,9 +42,7 @@ class Reports:
         owners: dict[str, object] = {}
         for report in reports:
             if owners.setdefault(report.name, report.hook) is not report.hook:
-                raise ValueError(
-                    f"Two hooks report {report.name!r}. Give one of them a `name`."
-                )
+                raise ValueError(f"Two hooks report {report.name!r}. Give one of them a `name`.")
         if not reports:
             return []
         slots = [self._slot(report) for report in reports]

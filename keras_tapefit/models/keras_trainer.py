@@ -2,7 +2,8 @@
 
 Private names used here: `Model._compute_loss`, `_loss_tracker`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
-`_distribute_strategy`, `keras.src.losses.loss.unscale_loss_for_distribution`, and of
+`_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
+`keras.src.backend.tensorflow.trainer.reduce_per_replica`, `keras.src.losses.loss.unscale_loss_for_distribution`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`. Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses.loss import unscale_loss_for_distribution
 
 
@@ -104,6 +106,17 @@ def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any
     return model._make_function(step)
 
 
+def reduced_logs(model: Any, logs: Any) -> Any:
+    """Returns the logs of all replicas as one, as Keras reduces them."""
+    return reduce_per_replica(logs, model.distribute_strategy, reduction="auto")
+
+
 def strategy_of(model: Any) -> Any:
     """Returns the strategy in whose scope the model was made, or `None`."""
     return model._distribute_strategy
+
+
+def symbolic_build(model: Any, data_batch: Any) -> None:
+    """Makes the model's weights for a batch of this shape, in its strategy's scope."""
+    with model.distribute_strategy.scope():
+        model._symbolic_build(data_batch=data_batch)

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from keras_tapefit.models import keras_trainer
+from keras_tapefit.hooks import order_findings
+from keras_tapefit.models import strategies
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, step_scope
 from keras_tapefit.update import optimizers
@@ -30,6 +31,7 @@ class TrainFunction:
         self._traces: dict[Any, tuple[Callable[[Any], Any], list[str]]] = {}
         self._flags: Flags | None = None
         self._current: Any = None
+        self._told: set[str] = set()
 
     def refresh(self) -> None:
         """Looks up the model's layers again, for the case that some were added."""
@@ -43,6 +45,7 @@ class TrainFunction:
         key = self._key()
         if key not in self._traces:
             names: list[str] = []
+            self._warn_of_order()
             self._traces[key] = (self._make(names), names)
         if key != self._current:
             self._keep_averages()
@@ -54,6 +57,14 @@ class TrainFunction:
             runtime.check_hooks()
         self._settle(key)
         return logs
+
+    def _warn_of_order(self) -> None:
+        runtime = self._runtime
+        leaves = list(optimizers.leaves(self._model.optimizer))
+        for finding in order_findings(list(runtime.hooks), leaves, runtime.backward):
+            if finding not in self._told:
+                self._told.add(finding)
+                warnings.warn(finding, stacklevel=2)
 
     def _key(self) -> Any:
         if self._flags is None:
@@ -83,7 +94,7 @@ class TrainFunction:
                 return logs
             return {**logs, **self._runtime.reports.results(names)}
 
-        return keras_trainer.make_function(self._model, step)
+        return strategies.make_function(self._model, step)
 
 
 def _warn_if_passed_over(runtime: Runtime, scope: StepScope) -> None:

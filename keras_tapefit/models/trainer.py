@@ -15,7 +15,7 @@ from keras_tapefit.backward.base import check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
-from keras_tapefit.models import compile_arguments, keras_trainer
+from keras_tapefit.models import compile_arguments, keras_trainer, strategies
 from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
@@ -154,6 +154,20 @@ class TapeTrainer:
         if self.built:
             runtime_of(self).prepare(self.optimizer)
         return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
+        """Makes the function that `evaluate` calls; as `keras.Model` does."""
+        if not strategies.needs_own_function(self):
+            return super().make_test_function(force=force)
+        if self.test_function is None or force:
+            self.test_function = strategies.make_function(self, self.test_step)
+        return self.test_function
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        if iterator is None or not strategies.has_workers(self):
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+            return
+        keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:

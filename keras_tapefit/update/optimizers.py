@@ -216,5 +216,34 @@ def average_only(optimizer: Any, active: Sequence[Any]) -> None:
         state["_model_variables_moving_average"] = [average for _, average in kept]
 
 
+@contextlib.contextmanager
+def averages_following(optimizer: Any, variables: Sequence[Any]) -> Iterator[None]:
+    """Has moving averages (`use_ema`) see what happens to weights inside.
+
+    Keras takes the average inside `apply`; what changes the weights after that would be
+    missing from it.
+
+    Args:
+        optimizer: a built optimizer that has just been applied.
+        variables: those that were updated.
+    """
+    members = {id(_value(v)) for v in variables}
+    followed = [
+        (leaf, variable, average, tf.identity(_value(variable)))
+        for leaf in leaves(optimizer)
+        if leaf.use_ema and leaf.built
+        for variable, average in zip(
+            leaf._trainable_variables, leaf._model_variables_moving_average, strict=True
+        )
+        if average is not None and id(_value(variable)) in members
+    ]
+    yield
+    for leaf, variable, average, before in followed:
+        # Keras starts the average with the weights of the first update.
+        momentum = tf.where(leaf.iterations > 1, leaf.ema_momentum, 0.0)
+        change = tf.convert_to_tensor(_value(variable)) - before
+        average.assign(average.value + tf.cast(1.0 - momentum, change.dtype) * change)
+
+
 def _value(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable

@@ -91,7 +91,9 @@ def update(
         gradients = gradients.scale(tf.where(finite, scale, float("nan")))
     after_update = hooks.watch_update(variables, step)
     _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
-    after_update()
+    if hooks.watches_update:
+        with optimizers.averages_following(optimizer, variables):
+            after_update()
     accepted = _and(admitted, finite if hooks else None)
     return Outcome(accepted, step.reports)
 

@@ -54,8 +54,10 @@ def bench() -> Callable[..., Bench]:
     def make(hook: Any, of: Any) -> Bench:
         if isinstance(of, keras.layers.Layer):
             return Bench(hook, of.trainable_variables, of)
-        shaped = [keras.Variable(tf.zeros(v), name=f"v{i}") if isinstance(v, tuple) else v
-                  for i, v in enumerate(of)]
+        shaped = [
+            keras.Variable(tf.zeros(v), name=f"v{i}") if isinstance(v, tuple) else v
+            for i, v in enumerate(of)
+        ]
         return Bench(hook, shaped)
 
     return make

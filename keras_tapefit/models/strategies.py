@@ -1,0 +1,90 @@
+"""What Keras's own trainer lacks under a `tf.distribute` strategy.
+
+Several steps in one execution crash in Keras under strategies of several replicas, and
+`MultiWorkerMirroredStrategy` cannot run `fit` at all (keras#20585).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_tapefit.models import keras_trainer
+
+
+def has_workers(model: Any) -> bool:
+    """Whether the model is trained by several processes together."""
+    strategy = keras_trainer.strategy_of(model)
+    kind = tf.distribute.MultiWorkerMirroredStrategy
+    return isinstance(strategy, kind)
+
+
+def needs_own_function(model: Any) -> bool:
+    """Whether Keras's own function for an execution fails for this model."""
+    strategy = keras_trainer.strategy_of(model)
+    several = strategy is not None and strategy.num_replicas_in_sync > 1
+    return has_workers(model) or (several and model.steps_per_execution > 1)
+
+
+def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns a function of an iterator that runs `step` as often as compiled.
+
+    Args:
+        model: the model.
+        step: takes a batch and returns logs.
+    """
+    if has_workers(model):
+        step = _with_log_axis(step)
+    if not needs_own_function(model) or model.steps_per_execution == 1:
+        return keras_trainer.make_function(model, step)
+    return _unrolled(model, step)
+
+
+def _with_log_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    # Keras averages the logs of workers over their first axis, which scalars lack.
+    def with_axis(data: Any) -> Any:
+        return keras.tree.map_structure(lambda v: tf.reshape(v, [-1]), step(data))
+
+    return with_axis
+
+
+def _unrolled(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several steps one after the other, on batches fetched outside the graph."""
+
+    def steps(batches: tuple[Any, ...]) -> Any:
+        logs: Any = None
+        for batch in batches:
+            logs = model.distribute_strategy.run(step, args=(batch,))
+        return keras_trainer.reduced_logs(model, logs)
+
+    if not model.run_eagerly:
+        steps = tf.function(steps, reduce_retracing=True, autograph=False)
+
+    def function(iterator: Any) -> Any:
+        batches = []
+        for _ in range(model.steps_per_execution):
+            try:
+                batches.append(next(iterator))
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+        if not batches:
+            raise StopIteration
+        return steps(tuple(batches))
+
+    return function
+
+
+def local_batch(iterator: Any, model: Any) -> Any:
+    """Returns this worker's share of the next batch."""
+
+    def local(value: Any) -> Any:
+        if isinstance(value, tf.distribute.DistributedValues):
+            return model.distribute_strategy.experimental_local_results(value)[0]
+        return value
+
+    for _, _, batches in iterator:
+        return keras.tree.map_structure(local, next(batches))
+    return None
