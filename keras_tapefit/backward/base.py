@@ -23,7 +23,9 @@ class Objective(Protocol):
     """
 
     noted: Any
-    wants_parts: bool
+
+    @property
+    def wants_parts(self) -> bool: ...
 
     def tape(self) -> tf.GradientTape:
         """Returns a tape that watches the variables being trained."""

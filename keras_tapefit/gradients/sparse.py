@@ -1,8 +1,10 @@
 """Arithmetic on `tf.IndexedSlices`, the gradient of a lookup."""
 
+from typing import TypeAlias
+
 import tensorflow as tf
 
-Gradient = tf.Tensor | tf.IndexedSlices
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
 def sum_duplicates(gradient: Gradient, num_rows: int) -> Gradient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -55,21 +56,34 @@ class GradientHook:
     uses_step_count: bool = False
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
+    _number_variables: dict[str, keras.Variable]
+    _variables: list[keras.Variable]
+    _lasting: list[keras.Variable]
+    _structure: int
+    _built_for: list[int] | None
+    _model_variables: list[Any] | None
+    _positions: list[int]
+    _units: Callable[[Any], Any] | None
+    _owners: Callable[[Any], Any] | None
+    targets: Targets
+    _name: str | None
+    _registered_name: str | None
+
     def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
         self = super().__new__(cls)
         # Made here, so that a subclass may assign numbers before `super().__init__`.
-        self._number_variables: dict[str, keras.Variable] = {}
-        self._variables: list[keras.Variable] = []
-        self._lasting: list[keras.Variable] = []
+        self._number_variables = {}
+        self._variables = []
+        self._lasting = []
         self._structure = 0
-        self._built_for: list[int] | None = None
-        self._model_variables: list[Any] | None = None
-        self._positions: list[int] = []
-        self._units: Callable[[Any], Any] | None = None
-        self._owners: Callable[[Any], Any] | None = None
-        self.targets: Targets = None
-        self._name: str | None = None
-        self._registered_name: str | None = None
+        self._built_for = None
+        self._model_variables = None
+        self._positions = []
+        self._units = None
+        self._owners = None
+        self.targets = None
+        self._name = None
+        self._registered_name = None
         return self
 
     def __init__(self, targets: Targets = None, name: str | None = None) -> None:
@@ -86,8 +100,8 @@ class GradientHook:
 
     @classmethod
     def _default_name(cls) -> str:
-        words = "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__)
-        return words.lstrip("_")
+        words = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", cls.__name__.lstrip("_"))
+        return re.sub("([a-z])([A-Z])", r"\1_\2", words).lower()
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -335,7 +349,7 @@ def _numbers(cls: type) -> list[Number]:
 
 
 def _init_arguments(cls: type) -> list[str]:
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in kinds]
 

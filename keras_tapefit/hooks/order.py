@@ -89,9 +89,9 @@ def _before_clipping(hook: GradientHook, earlier: Sequence[GradientHook]) -> Ite
             )
         if isinstance(other, _CLIPPING) and isinstance(hook, _STATISTICAL):
             yield (
-                f"{_name(other)} comes before {_name(hook)}: the norms it learns from are "
-                "clipped already, so its bound says nothing about the gradients. Use one "
-                f"of the two, or put {_name(hook)} first."
+                f"{_name(other)} comes before {_name(hook)}, which then learns its bound "
+                "from norms that are clipped already and say little about the gradients. "
+                f"Use one of the two, or put {_name(hook)} first."
             )
         if type(other) is type(hook) and _bounds_more(other, hook):
             yield (
@@ -114,7 +114,8 @@ def _before_observer(
 
 def _no_freeze(hook: GradientHook, hooks: Sequence[GradientHook]) -> Iterator[str]:
     zeroing = isinstance(hook, GradientScaling | LearningRateMultiplier)
-    if not zeroing or not isinstance(hook.factor, numbers.Real) or hook.factor != 0:
+    factor = getattr(hook, "factor", None)
+    if not zeroing or not isinstance(factor, numbers.Real) or factor != 0:
         return
     counting = [
         h

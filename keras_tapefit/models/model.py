@@ -36,7 +36,7 @@ class TapeModel(TapeTrainer, keras.Model):
     # Keras's `from_config` looks for these two names in the signatures.
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if is_functional_call(args, kwargs) and not issubclass(cls, _functional_class()):
-            cls = _functional_class() if cls is TapeModel else functional_variant(cls)
+            cls = _functional_class() if cls is TapeModel else functional_variant(cls)  # type: ignore[arg-type]
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class TapeModel(TapeTrainer, keras.Model):
         functional = _functional_class()
         if not isinstance(self, functional):
             # A subclass that builds its graph in its `__init__`.
-            self.__class__ = functional_variant(type(self))
+            self.__class__ = functional_variant(type(self))  # type: ignore[arg-type]
         functional.__init__(self, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -103,14 +103,15 @@ def _functional_class() -> Any:
 
 
 @functools.cache
-def functional_variant(cls: type) -> type:
+def functional_variant(cls: Any) -> type:
     """Returns the functional model class of a user's subclass.
 
     Keras puts its functional class among the bases of the user's class itself, for the
     whole process; every other use of that class fails afterwards. Here the user's class
     stays as it is, and a subclass with its name stands in for it.
     """
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    copied = ("__module__", "__qualname__", "__doc__")
+    namespace = {name: getattr(cls, name) for name in copied}
     variant = type(cls.__name__, (cls, _functional_class()), namespace)
     registered = keras.saving.get_registered_name(cls)
     if ">" in registered:

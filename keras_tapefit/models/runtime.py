@@ -137,7 +137,7 @@ class Runtime:
 
     def begin_training(self) -> None:
         """Reads the step count once; from here on it is counted without the device."""
-        optimizer = getattr(self.model, "optimizer", None)
+        optimizer: Any = getattr(self.model, "optimizer", None)
         built = optimizer is not None and optimizer.built
         self.steps = int(optimizer.iterations.numpy()) if built else 0
 

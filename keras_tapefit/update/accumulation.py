@@ -93,5 +93,10 @@ class Accumulation:
 
 def _zeros(shape: Any, name: str) -> Any:
     return keras.Variable(
-        tf.zeros(shape), dtype="float32", trainable=False, autocast=False, aggregation="none", name=name
+        tf.zeros(shape),
+        dtype="float32",
+        trainable=False,
+        autocast=False,
+        aggregation="none",
+        name=name,
     )

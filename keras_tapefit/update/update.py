@@ -124,7 +124,7 @@ def accumulate(
     """
     dynamic = optimizers.is_dynamic(optimizer)
     scale = optimizers.loss_scale(optimizer)
-    finite = None
+    finite: Any = None
     if dynamic or hooks.may_skip_steps:
         # Looked at step by step: one bad batch costs itself, not the window.
         finite = replicas.all_true(gradients.all_finite())

@@ -20,9 +20,10 @@ class Bench:
         units = {} if layer is None else unit_axes(layer)
         self.variables = list(variables)
         self.hooks = HookList([hook])
+        whole = {id(v): Unit(tuple(range(len(v.shape)))) for v in self.variables}
+        units = {**whole, **units}
         self.hooks.prepare(
-            self.variables,
-            lambda v: units.get(id(v), Unit(tuple(range(len(v.shape))))),
+            self.variables, lambda v: units[id(v)], lambda v: v.path.rpartition("/")[0] or id(v)
         )
         self.hook: GradientHook = self.hooks[0]
         self.index = 0

@@ -40,7 +40,7 @@ def test_gradients_at_the_bound_stay_bit_for_bit(bench, hook):
     np.testing.assert_array_equal(second, [12.0])
 
 
-@pytest.mark.parametrize("size", [1e20, 1e38, 1e-20])
+@pytest.mark.parametrize("size", [1e20, 1e37, 1e-20])
 def test_global_norm_of_extreme_gradients(bench, size):
     run = bench(hooks.GlobalNormClipping(1e-30 if size < 1 else 1.0), [(2,), (1,)])
     first, second = run([3 * size / 13, 4 * size / 13], [12 * size / 13])
