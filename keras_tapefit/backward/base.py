@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import inspect
+import math
+import numbers
+from typing import Any, ClassVar, Protocol
 
 import keras
 import tensorflow as tf
@@ -27,7 +30,7 @@ class Objective(Protocol):
     @property
     def wants_parts(self) -> bool: ...
 
-    def tape(self) -> tf.GradientTape:
+    def tape(self, persistent: bool = False) -> tf.GradientTape:
         """Returns a tape that watches the variables being trained."""
 
     def loss(self, batch: tuple[Any, Any, Any]) -> tuple[tf.Tensor, Any]:
@@ -39,6 +42,67 @@ class Objective(Protocol):
         Returns:
             The scalar loss, times the loss scale, and the model's outputs.
         """
+
+    def losses(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Any]:
+        """Runs the forward pass, in training mode, and each loss by itself.
+
+        Args:
+            batch: `(x, y, sample_weight)`.
+            tasks: a function of the targets and the outputs that returns a list of
+                scalars. `None`: the losses that the model is compiled with.
+
+        Returns:
+            The scalar losses, weights of `compile` included; what comes to the loss
+            beside them, such as regularization, or `None`; both times the loss scale;
+            and the model's outputs.
+        """
+
+    def state(self) -> Any:
+        """Returns what a forward pass may change, as it is now: seeds, statistics."""
+
+    def gradients_at(
+        self,
+        batch: Batch,
+        values: list[Any] | None = None,
+        state: Any = None,
+        example: Any = None,
+    ) -> tuple[tf.Tensor, list[Any]]:
+        """Runs a forward and a backward pass that leave nothing behind.
+
+        To be asked after a forward pass that counts.
+
+        Args:
+            batch: `(x, y, sample_weight)`.
+            values: what `variables()` are to be in these passes; `None`: as they are.
+            state: what the passes begin with, as `state()` gave it. That of before the
+                pass that counts repeats that pass: the same dropout, say.
+            example: a scalar integer; passes with different ones draw different random
+                numbers.
+
+        Returns:
+            The scalar loss, times the loss scale, and its gradients by `variables()`.
+        """
+
+    def steps(self) -> tf.Tensor:
+        """Returns the number of updates made so far, a scalar int64."""
+
+    def layers(self) -> list[Any]:
+        """Returns the model and all layers in it."""
+
+    def is_kernel(self, variable: Any) -> bool:
+        """Returns whether a variable is weights that multiply a layer's input."""
+
+    def loss_scale(self) -> tuple[tf.Tensor | None, bool]:
+        """Returns the loss scale, and whether it adapts itself to overflows."""
+
+    def num_replicas(self) -> int:
+        """Returns the number of replicas; each has its share of the loss."""
+
+    def is_first_replica(self) -> Any:
+        """Returns whether this is the first of the replicas, a scalar bool."""
+
+    def sum_over_replicas(self, values: Any) -> Any:
+        """Sums a tensor, or each of a list of tensors, over replicas."""
 
     def variables(self) -> list[Any]:
         """Returns the variables being trained; to be asked after the forward pass."""
@@ -73,7 +137,18 @@ class Objective(Protocol):
 
 
 class GradientMethod:
-    """Base class of the ways to get gradients: `compile(backward=...)`."""
+    """Base class of the ways to get gradients: `compile(backward=...)`.
+
+    Subclasses implement `compute`. Where the gradient of a batch is not the mean of
+    those of its parts, a subclass says `takes_parts = False`.
+    """
+
+    takes_parts: ClassVar[bool] = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GradientMethod:
+        self = super().__new__(cls)
+        self._live: dict[str, tf.Variable] = {}
+        return self
 
     def compute(
         self, objective: Objective, batch: tuple[Any, Any, Any]
@@ -91,13 +166,91 @@ class GradientMethod:
         raise NotImplementedError(f"{type(self).__name__} must implement `compute`.")
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of `__init__`."""
-        return {}
+        """Returns the arguments of `__init__`, from the attributes of the same names."""
+        config = {name: getattr(self, name) for name in self._arguments()}
+        return {
+            name: keras.saving.serialize_keras_object(value) if callable(value) else value
+            for name, value in config.items()
+        }
+
+    @classmethod
+    def _arguments(cls) -> list[str]:
+        if cls.__init__ is object.__init__:
+            return []
+        return list(inspect.signature(cls.__init__).parameters)[1:]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GradientMethod:
         """Returns the method that a config describes."""
-        return cls(**config)
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value)
+                if isinstance(value, dict)
+                else value
+                for name, value in config.items()
+            }
+        )
+
+
+class LiveNumber:
+    """A number of a `GradientMethod` that may be assigned while the model trains.
+
+    It lives in a variable too, so assigning another one needs no retrace.
+
+    Args:
+        minimum: the smallest value allowed, itself included, or `None`.
+        above: a bound that values must exceed, or `None`.
+    """
+
+    def __init__(self, *, minimum: float | None = None, above: float | None = None) -> None:
+        self._minimum = minimum
+        self._above = above
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, method: Any, owner: type | None = None) -> Any:
+        return self if method is None else method.__dict__[self._name]
+
+    def __set__(self, method: Any, value: Any) -> None:
+        text = f"Received: {self._name}={value!r}."
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"`{self._name}` must be a number. {text}")
+        if not math.isfinite(value):
+            raise ValueError(f"`{self._name}` must be finite. {text}")
+        if self._above is not None and not value > self._above:
+            raise ValueError(f"`{self._name}` must be a positive number. {text}")
+        if self._minimum is not None and not value >= self._minimum:
+            raise ValueError(f"`{self._name}` must be zero or a positive number. {text}")
+        method.__dict__[self._name] = value
+        if self._name in method._live:
+            method._live[self._name].assign(float(value))
+        else:
+            method._live[self._name] = tf.Variable(float(value), trainable=False)
+
+    @staticmethod
+    def of(method: Any, name: str) -> tf.Tensor:
+        """Returns a number of a method as it is at this step, a scalar float32."""
+        return tf.convert_to_tensor(method._live[name])
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises `TypeError` where an argument is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises `TypeError` where an argument is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises where an argument is no positive integer."""
+    check_integer(name, value)
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
 
 
 def check_backward(value: Any) -> GradientMethod:

@@ -25,6 +25,12 @@ class MicroBatches(GradientMethod):
     """
 
     def __init__(self, method: GradientMethod, num_parts: int) -> None:
+        if not method.takes_parts:
+            raise ValueError(
+                f"`{type(method).__name__}` needs the whole batch at once, so "
+                f"`micro_batches` must be 1. Received: micro_batches={num_parts}. Where it "
+                "has a `chunk_size`, that is what bounds the memory."
+            )
         self.method = method
         self.num_parts = num_parts
 

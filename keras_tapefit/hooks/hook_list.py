@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from typing import Any
 
@@ -331,7 +332,7 @@ def _checked(hook: GradientHook, given: Gradients, result: Any) -> Gradients:
     if not isinstance(result, Gradients):
         raise TypeError(
             f"{who} must return `Gradients`, such as `gradients.map(...)` gives. "
-            f"Received: {result!r} (of type {type(result).__name__})."
+            f"Received: {reprlib.repr(result)} (of type {type(result).__name__})."
         )
     expected = [id(v) for v in given.variables]
     if [id(v) for v in result.variables] != expected:

@@ -80,10 +80,9 @@ class Number:
         self._check(value)
         before = hook.__dict__.get(self.name)
         hook.__dict__[self.name] = value
-        if _is_live(value) and _is_live(before):
-            if self.name in hook._number_variables:
-                hook._number_variables[self.name].assign(float(value))
-        elif before is not value:
+        if _is_live(value) and self.name in hook._number_variables:
+            hook._number_variables[self.name].assign(float(value))
+        if before is not value and not (_is_live(value) and _is_live(before)):
             hook._structure += 1
 
     def make_variable(self, hook: Any) -> None:

@@ -3,12 +3,15 @@
 Private names used here: `Model._compute_loss`, `_loss_tracker`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
-`keras.src.backend.tensorflow.trainer.reduce_per_replica`, `keras.src.losses.loss.unscale_loss_for_distribution`, and of
+`keras.src.backend.tensorflow.trainer.reduce_per_replica`, `_compile_loss`, `CompileLoss._flat_losses`, `_aggregate_additional_loss`,
+`keras.src.losses.loss.unscale_loss_for_distribution` and
+`scale_loss_for_distribution`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`. Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +19,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
-from keras.src.losses.loss import unscale_loss_for_distribution
+from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 
 
 def forward(model: Any, x: Any, training: bool) -> Any:
@@ -30,6 +33,81 @@ def compute_loss(model: Any, batch: tuple[Any, Any, Any], y_pred: Any, training:
     return model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )
+
+
+def separate_losses(
+    model: Any, batch: tuple[Any, Any, Any], y_pred: Any
+) -> tuple[Any, list[Any]]:
+    """Calls `compute_loss`, and listens to the losses that it calls in turn.
+
+    Returns:
+        The loss, and of each loss that the model is compiled with its term therein,
+        `loss_weights` included.
+
+    Raises:
+        ValueError: when the model is compiled without a loss.
+    """
+    compiled = model._compile_loss
+    if compiled is None:
+        raise ValueError(
+            "There are no losses to tell apart: the model is compiled without any. Pass "
+            "`loss` to `compile`, one for each output, or give `tasks`."
+        )
+    if not compiled.built:
+        model._symbolic_build(data_batch=batch)
+    compiled._flat_losses[:] = [
+        item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
+        for item in compiled._flat_losses
+    ]
+    _heard.values = heard = []
+    try:
+        total = compute_loss(model, batch, y_pred, training=True)
+    finally:
+        _heard.values = None
+    terms = []
+    for item, value in zip(compiled._flat_losses, heard, strict=False):
+        value = tf.cast(value, compiled.dtype)
+        terms.append(value if item.loss_weights is None else value * item.loss_weights)
+    return total, terms
+
+
+class _Listened:
+    """A loss that tells what it gave, in the thread that listens.
+
+    Args:
+        loss: the loss.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        self._loss = loss
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = self._loss(*args, **kwargs)
+        if _heard.values is not None:
+            _heard.values.append(value)
+        return value
+
+
+class _Heard(threading.local):
+    values: list[Any] | None = None
+
+
+_heard = _Heard()
+
+
+def additional_losses(model: Any) -> list[Any]:
+    """Returns what comes to the loss beside the compiled ones, one scalar each."""
+    return [model._aggregate_additional_loss(loss) for loss in model.losses]
+
+
+def overrides_compute_loss(model: Any) -> bool:
+    """Whether the loss is computed in a way of the model's own."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def share_of_replica(loss: Any) -> Any:
+    """Returns what a replica adds to the loss, given the loss of its part of a batch."""
+    return scale_loss_for_distribution(loss)
 
 
 def track_loss(model: Any, loss: Any, x: Any) -> None:

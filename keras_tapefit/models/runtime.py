@@ -72,15 +72,20 @@ class Runtime:
         variables = self.candidates()
         if not variables:
             return
+        own = optimizer is not None and optimizer is getattr(self.model, "optimizer", None)
         with tf.init_scope(), self._strategy_scope():
-            if optimizer is not None and optimizer is getattr(self.model, "optimizer", None):
+            if own:
                 self._make_window(optimizer, variables)
-                optimizers.build(optimizer, variables)
             if self.hooks:
-                self.hooks.prepare(variables, self._unit, self._owner)
+                self.hooks.prepare(variables, self.unit, self._owner)
                 self.state.restore_pending()
                 if self._reports is None:
                     self._reports = Reports(128 + 4 * len(variables))
+        if own:
+            # Not lifted out of a trace: an optimizer may read the weights, which have
+            # no values yet where that trace is what makes them.
+            with self._strategy_scope():
+                optimizers.build(optimizer, variables)
 
     def _make_window(self, optimizer: Any, variables: list[Any]) -> None:
         num_steps = optimizers.take_over_accumulation(optimizer)
@@ -106,7 +111,8 @@ class Runtime:
         strategy = keras_trainer.strategy_of(self.model)
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
-    def _unit(self, variable: Any) -> Unit:
+    def unit(self, variable: Any) -> Unit:
+        """Returns how a variable of the model divides into units."""
         if id(variable) not in self._units:
             self._units = unit_axes(self.model)
         # A bare variable belongs to no layer: it is one unit.

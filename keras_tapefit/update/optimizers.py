@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import variable_path
+from keras_tapefit.update import fast_trace
 
 LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
@@ -169,7 +170,8 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
     """
     multi = multi_optimizer(optimizer)
     if multi is None or not multi.built or len(variables) == len(multi._trainable_variables):
-        optimizer.apply(list(gradients), list(variables))
+        with fast_trace.traced_once(list(leaves(optimizer))):
+            optimizer.apply(list(gradients), list(variables))
         return
     by_id = {id(_value(v)): g for g, v in zip(gradients, variables, strict=True)}
     everything = list(multi._trainable_variables)
@@ -180,7 +182,8 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
         if inner.built
         and not any(id(_value(v)) in by_id for v in inner._trainable_variables)
     ]
-    with silent(idle), warnings.catch_warnings():
+    traced_once = fast_trace.traced_once(list(leaves(multi)))
+    with silent(idle), traced_once, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Gradients do not exist")
         optimizer.apply(padded, everything)
 

@@ -1,0 +1,9 @@
+"""The modes of `fit`."""
+
+import pytest
+from training import MODES
+
+
+@pytest.fixture(params=MODES)
+def mode(request) -> str:
+    return request.param
