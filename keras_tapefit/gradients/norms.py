@@ -13,9 +13,9 @@ def wide(value: tf.Tensor) -> tf.Tensor:
 def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns `sqrt(Σ x²)` over all elements of all tensors.
 
-    The plain sum of squares is taken first. Where it left the range in which float32
-    can hold it, and only there, the sum is taken again over values divided by
-    their largest magnitude. Infinite elements give inf, NaN gives NaN.
+    The plain sum of squares is taken first. Where it left the range in which it is
+    exact, and only there, the sum is taken again over values multiplied by a power of
+    two. Infinite elements give inf, NaN gives NaN.
 
     Args:
         values: floating-point tensors of any shapes. Empty: the norm is 0.
@@ -23,31 +23,27 @@ def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     Returns:
         A scalar: float32, or float64 when any of the values is.
     """
-    values = [wide(value) for value in values]
     dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
     if not values:
         return tf.zeros((), dtype)
-    squares = tf.add_n([tf.cast(2.0 * tf.nn.l2_loss(v), dtype) for v in values])
+    values = [tf.cast(value, dtype) for value in values]
+    low, high, power = _RANGES[dtype]
+    squares = _sum_of_squares(values)
 
     def scaled() -> tf.Tensor:
-        largest = tf.reduce_max(
-            tf.stack([tf.cast(tf.reduce_max(tf.abs(v)), dtype) for v in values if _filled(v)])
-        )
-        divisor = tf.where(tf.math.is_finite(largest) & (largest > 0), largest, 1.0)
-        total = tf.add_n(
-            [
-                tf.reduce_sum(tf.square(tf.cast(v, dtype) / divisor))
-                for v in values
-            ]
-        )
-        return divisor * tf.sqrt(total)
+        factor = tf.where(squares < 1.0, tf.constant(power, dtype), 1.0 / power)
+        return tf.sqrt(_sum_of_squares([v * factor for v in values])) / factor
 
-    safe = (squares > 1e-30) & (squares < 1e38)
+    safe = (squares > low) & (squares < high)
     return tf.cond(safe, lambda: tf.sqrt(squares), scaled)
 
 
-def _filled(value: tf.Tensor) -> bool:
-    return value.shape.num_elements() != 0
+# The sums of squares that lost nothing, and a factor that brings all others there.
+_RANGES = {tf.float32: (1e-30, 1e38, 2.0**96), tf.float64: (1e-280, 1e300, 2.0**560)}
+
+
+def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    return 2.0 * tf.add_n([tf.nn.l2_loss(value) for value in values])
 
 
 def axes_norm(value: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

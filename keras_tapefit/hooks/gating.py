@@ -68,12 +68,17 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
-        bad = ~tf.reduce_all(finite)
         places = {id(v): i for i, v in enumerate(self._watched)}
         culprits = tf.constant([places[id(v)] for _, v in present], tf.int64)
+
+        def look() -> tuple[tf.Tensor, tf.Tensor]:
+            finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
+            return ~tf.reduce_all(finite), culprits[tf.argmin(tf.cast(finite, tf.int32))]
+
+        # A finite norm has finite parts only; it is there already where another hook asks.
+        fine = tf.math.is_finite(gradients.global_norm())
+        bad, culprit = tf.cond(fine, lambda: (tf.constant(False), culprits[0]), look)
         begins = bad & (self._consecutive.value == 0)
-        culprit = culprits[tf.argmin(tf.cast(finite, tf.int32))]
         self._first_variable.assign(tf.where(begins, culprit, self._first_variable.value))
         self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
         self._consecutive.assign(tf.where(bad, self._consecutive.value + 1, 0))

@@ -318,6 +318,10 @@ def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
     positions = _positions(hook, gradients.variables)
     if not positions:
         return gradients
+    if len(positions) == len(gradients):
+        # Not a copy: a norm that one hook asked for is there for the next.
+        given = gradients.with_unique_rows()
+        return _checked(hook, given, hook.apply(given))
     given = gradients._subset(positions).with_unique_rows()
     return gradients.updated(_checked(hook, given, hook.apply(given)))
 

@@ -46,13 +46,13 @@ class Reports:
         if not reports:
             return []
         slots = [self._slot(report) for report in reports]
-        values = tf.stack([report.value for report in reports])
-        counts = tf.ones_like(values)
+        counts = tf.stack([tf.cast(report.weight, tf.float32) for report in reports])
+        values = tf.stack([report.value for report in reports]) * counts
         if accepted is not None:
             from_hook = tf.constant([report.hook is not None for report in reports])
             counted = accepted | ~from_hook
             values = tf.where(counted, values, 0.0)
-            counts = tf.cast(counted, tf.float32)
+            counts = tf.where(counted, counts, 0.0)
         update = tf.stack(
             [
                 tf.math.unsorted_segment_sum(values, slots, self.capacity),

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
+from keras_tapefit.gradients.noise import stateless_normal
 from keras_tapefit.gradients.norms import wide
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
@@ -106,10 +107,8 @@ class GradientNoise(GradientHook):
 
         def add_noise(gradient: tf.Tensor, variable: Any) -> tf.Tensor:
             stream = self._streams.value[self._stream_of[id(variable)]]
-            # One algorithm everywhere: XLA's own choice draws other numbers.
-            noise = tf.random.stateless_normal(
-                variable.shape, seed=[stream, tf.cast(self.step, tf.int32)], alg="philox"
-            )
+            seed = tf.stack([stream, tf.cast(self.step, tf.int32)])
+            noise = stateless_normal(variable.shape, seed)
             return gradient + tf.cast(stddev * noise, gradient.dtype)
 
         return gradients.map(add_noise, gradients.variables)

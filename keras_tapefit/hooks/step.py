@@ -13,12 +13,21 @@ import tensorflow as tf
 
 @dataclass
 class Report:
-    """A scalar on its way to the logs."""
+    """A scalar on its way to the logs.
+
+    Attributes:
+        hook: what reports it; `None` for what is no hook's and counts in skipped steps.
+        name: of the log entry.
+        value: a scalar, this step's value.
+        reduction: `"mean"` or `"sum"`.
+        weight: what the value counts for in the epoch's mean.
+    """
 
     hook: Any
     name: str
     value: tf.Tensor
     reduction: str
+    weight: Any = 1.0
 
 
 @dataclass

@@ -112,21 +112,30 @@ def share_of_replica(loss: Any) -> Any:
 
 def track_loss(model: Any, loss: Any, x: Any) -> None:
     """Adds a batch's loss to the epoch mean, weighted by the batch size."""
+    update_tracker(model, loss, batch_size(x))
+
+
+def update_tracker(model: Any, loss: Any, weight: Any) -> None:
+    """Adds the loss of a replica's part of a batch to the epoch mean, by its weight."""
     model._loss_tracker.update_state(
-        unscale_loss_for_distribution(loss), sample_weight=batch_size(x)
+        unscale_loss_for_distribution(loss), sample_weight=weight
     )
 
 
 def batch_size(x: Any) -> tf.Tensor:
     """Returns the size of the first axis of a batch, a scalar int32."""
+    return tf.shape(first_array(x))[0]
+
+
+def first_array(x: Any) -> Any:
+    """Returns the first array in a structure, `None` where there is none."""
     # Not `tf.nest`: the two differ on None and on the order of dictionaries.
-    first = next(value for value in keras.tree.flatten(x) if value is not None)
-    return tf.shape(first)[0]
+    return next((value for value in keras.tree.flatten(x) if value is not None), None)
 
 
 def static_batch_size(x: Any) -> Any:
     """Returns the batch size as an integer where it is known, else as a scalar tensor."""
-    first = next(value for value in keras.tree.flatten(x) if value is not None)
+    first = first_array(x)
     known = first.shape[0]
     return tf.shape(first)[0] if known is None else int(known)
 

@@ -58,7 +58,7 @@ class ModelObjective:
             terms = [keras_trainer.share_of_replica(t) for t in tasks(batch[1], y_pred)]
             extra = keras_trainer.additional_losses(model)
             rest = tf.add_n(extra) if extra else None
-            total = tf.add_n([*terms, *extra])
+            total = sum([*terms, *extra])
         self.note(total)
         rest = None if rest is None else self._scaled(rest)
         return [self._scaled(term) for term in terms], rest, y_pred

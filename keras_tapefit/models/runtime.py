@@ -127,6 +127,10 @@ class Runtime:
     @property
     def reports(self) -> Reports:
         """The log entries of the epoch; there is none before `prepare`."""
+        return self.make_reports()
+
+    def make_reports(self) -> Reports:
+        """Makes room for log entries, outside replicas, where there is none yet."""
         if self._reports is None:
             with tf.init_scope(), self._strategy_scope():
                 self._reports = Reports(128 + 4 * len(self.candidates()))
@@ -167,6 +171,7 @@ class Runtime:
             *self.model.variables,
             *self.model.metrics_variables,
             *(v for metric in self.model.metrics for v in metric.variables),
+            *trainable.recurrent_states(self.model),
         ]
         if self.window is None:
             # With a window the hooks run at its end, and are put back there.

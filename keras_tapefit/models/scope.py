@@ -26,6 +26,11 @@ class StepScope:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.updated = False
+        # Of a step of the user's own: whether it takes our tape and updates the loss
+        # tracker, and what it read from metrics.
+        self.used_tape = False
+        self.tracked_loss = False
+        self.results: list[Any] = []
         self.report_names: list[str] = []
         self._rollback = runtime.rollback()
         self.loss: tf.Tensor | None = None
@@ -81,6 +86,10 @@ class StepScope:
         # The branch that closes the window is traced for one replica, and runs eagerly
         # at its last step only.
         return self.runtime.reports.names()
+
+    def add_report(self, report: Report) -> None:
+        """Adds a scalar to the logs, at the end of the step."""
+        self._reports.append(report)
 
     def finish(self, logs: Any) -> Any:
         """Ends the step.

@@ -36,6 +36,7 @@ class StepTape(tf.GradientTape):
             if self._runtime.model.built:
                 self._runtime.prepare(getattr(self._runtime.model, "optimizer", None))
             self._scope = StepScope(self._runtime)
+        self._scope.used_tape = True
         super().__enter__()
         return self
 

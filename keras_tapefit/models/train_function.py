@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from keras_tapefit.hooks import order_findings
-from keras_tapefit.models import strategies
+from keras_tapefit.models import own_steps, strategies
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, step_scope
 from keras_tapefit.update import optimizers
@@ -23,10 +24,12 @@ class TrainFunction:
     Args:
         model: the model.
         runtime: its private side.
+        own_step: whether its `train_step` is a user's own.
     """
 
-    def __init__(self, model: Any, runtime: Runtime) -> None:
+    def __init__(self, model: Any, runtime: Runtime, own_step: bool = False) -> None:
         self._model = model
+        self._own_step = own_step
         self._runtime = runtime
         self._traces: dict[Any, tuple[Callable[[Any], Any], list[str]]] = {}
         self._flags: Flags | None = None
@@ -50,13 +53,22 @@ class TrainFunction:
         if key != self._current:
             self._keep_averages()
         function, names = self._traces[key]
-        logs = function(iterator)
+        with self._listening():
+            logs = function(iterator)
         runtime.steps += self._model.steps_per_execution
-        if runtime.hooks:
+        if runtime.hooks or names:
             runtime.reports.live = names
             runtime.check_hooks()
         self._settle(key)
         return logs
+
+    def _listening(self) -> Any:
+        if not self._own_step:
+            return contextlib.nullcontext()
+        if self._runtime.candidates():
+            # Made before replicas run, which cannot make it.
+            self._runtime.make_reports()
+        return own_steps.listening(self._runtime)
 
     def _warn_of_order(self) -> None:
         runtime = self._runtime
@@ -87,7 +99,8 @@ class TrainFunction:
     def _make(self, names: list[str]) -> Callable[[Any], Any]:
         def step(data: Any) -> Any:
             with step_scope(self._runtime) as scope:
-                logs = scope.finish(self._model.train_step(data))
+                logs = self._model.train_step(data)
+                logs = scope.finish(own_steps.complete_logs(scope, logs, data))
             names[:] = scope.all_report_names()
             _warn_if_passed_over(self._runtime, scope)
             if not isinstance(logs, dict) or not names:

@@ -148,7 +148,9 @@ class TapeTrainer:
     def make_train_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `fit` calls; see `keras.Model.make_train_function`."""
         if self.train_function is None or force:
-            self.train_function = TrainFunction(self, runtime_of(self))
+            step = getattr(self.train_step, "__func__", None)
+            own_step = step is not TapeTrainer.train_step
+            self.train_function = TrainFunction(self, runtime_of(self), own_step)
         elif isinstance(self.train_function, TrainFunction):
             self.train_function.refresh()
         if self.built:

@@ -2,18 +2,20 @@
 
 Keras traces the update of each variable anew, some 65 operations with Adam, which for a
 deep network is most of the time before the first step. Here it is traced once for each
-kind of variable (its shape and dtype, those of its slots and of its gradient) into a
-function, which for the other variables of the kind is called with their handles in the
-place of those that the trace captured. No optimizer's mathematics is written again, so
-it works for any optimizer, one of the user's own too. Where it cannot be shown that two
-variables are treated alike, Keras's own tracing takes over.
+kind of variable (its shape and dtype, those of its slots and of its gradient), and the
+operations are then copied for the other variables of the kind, with their handles in
+the place of those that the trace captured. What depends on no variable, such as Adam's
+powers of beta, is in the graph once a kind instead of once a variable. No optimizer's
+mathematics is written again, so it works for any optimizer, one of the user's own too.
+Where it cannot be shown that two variables are treated alike, Keras's own tracing takes
+over.
 
 `optimizer.trace_update_once = False` turns it off for an optimizer.
 
 Private names used here: `TFOptimizer._distributed_tf_update_step` (that it calls
 `self.update_step(gradient, variable, learning_rate)` with a `tf.Variable`),
-`BaseOptimizer._get_variable_index`, `_trainable_variables`, `_variables`, and of
-TensorFlow `ConcreteFunction._call_flat`. Checked with Keras 3.15.1 and TensorFlow 2.21;
+`BaseOptimizer._get_variable_index`, `_trainable_variables_indices`,
+`_trainable_variables` and `_variables`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/update/test_fast_trace.py` fails when they change.
 """
 
@@ -131,7 +133,7 @@ class _UpdateStep:
 
 
 class _Function:
-    """The update of one kind of variable as a function of handles.
+    """The update of one kind of variable, to be copied for each.
 
     Raises:
         _Differs: when it may be another one for another variable of the kind.
@@ -147,6 +149,7 @@ class _Function:
         variable: Any,
         learning_rate: Any,
     ) -> None:
+        # Kept, so that their ids stay taken.
         self._kept = tf.compat.v1.get_default_graph(), learning_rate
         before = dict(vars(optimizer))
 
@@ -156,8 +159,7 @@ class _Function:
         optimizer.__dict__["_get_variable_index"] = lambda _: _Index(index)
         try:
             spec = tf.TensorSpec(gradient.shape, gradient.dtype)
-            function = tf.function(body, autograph=False)
-            self._function = function.get_concrete_function(spec)
+            function = tf.function(body, autograph=False).get_concrete_function(spec)
         except Exception as error:
             # Keras's own tracing shows what is wrong, if anything is.
             raise _Differs from error
@@ -169,52 +171,117 @@ class _Function:
         if changed:
             raise _Differs
         shared = [learning_rate, *before.values()]
-        self._places = _places(self._function, variable, row, shared)
+        own, common = _captures(function, [variable, *row], shared)
+        self._own = {function.inputs[0].name: 0, **own}
+        self._copy = _Copy(function.graph, set(self._own), common)
 
     def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any]) -> None:
-        handles: list[Any] = [_handle(variable), *map(_handle, row)]
-        captured = self._function.captured_inputs
-        inputs = [
-            given if place is None else handles[place]
-            for given, place in zip(captured, self._places, strict=True)
-        ]
-        self._function._call_flat([gradient], inputs)
+        values = [gradient, _handle(variable), *map(_handle, row)]
+        self._copy({name: values[place] for name, place in self._own.items()})
 
 
-def _places(
-    function: Any, variable: Any, row: list[Any], shared: list[Any]
-) -> list[int | None]:
-    """Returns for each capture which of the variable and its slots it is.
+def _captures(
+    function: Any, own: list[Any], shared: list[Any]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Tells apart what a trace captured.
 
-    `None`: it is the same for all variables.
+    Returns:
+        By the name of the tensor in the trace, the places (from 1) of what is the
+        variable's own, and the tensors that are the same for all variables.
     """
-    own = {id(_handle(value)): i for i, value in enumerate([variable, *row]) if _is_variable(value)}
-    common = {id(_handle(value)) for value in shared if _is_variable(value)}
-    common |= {id(value) for value in shared if tf.is_tensor(value)}
-    places: list[int | None] = []
-    inner_common = set()
-    for outer, inner in zip(
-        function.captured_inputs, function.inputs[-len(function.captured_inputs) :], strict=True
-    ) if function.captured_inputs else ():
-        if id(outer) in own and id(outer) not in common:
-            places.append(own[id(outer)])
-        elif id(outer) in common and id(outer) not in own:
-            places.append(None)
-            inner_common.add(inner.name)
+    places = {id(_handle(v)): i for i, v in enumerate(own, 1) if _is_variable(v)}
+    common = {id(_handle(v)) for v in shared if _is_variable(v)}
+    common |= {id(v) for v in shared if tf.is_tensor(v)}
+    outside = function.captured_inputs
+    inside = function.inputs[len(function.inputs) - len(outside) :]
+    own_names, common_tensors = {}, {}
+    for outer, inner in zip(outside, inside, strict=True):
+        if (id(outer) in places) == (id(outer) in common):
+            raise _Differs
+        if id(outer) in places:
+            own_names[inner.name] = places[id(outer)]
         else:
-            raise _Differs
-    for op in function.graph.get_operations():
-        if op.type in _WRITES and op.inputs[0].name not in inner_common:
-            continue
-        if op.type in _READS or op.type == "Placeholder":
-            continue
-        if op.op_def is None or op.op_def.is_stateful or _calls_functions(op):
-            raise _Differs
-    return places
+            common_tensors[inner.name] = outer
+    return own_names, common_tensors
 
 
-def _calls_functions(op: Any) -> bool:
-    return any(attribute.type in ("func", "list(func)") for attribute in op.op_def.attr)
+class _Copy:
+    """Copies the operations of a graph into the current one.
+
+    Args:
+        graph: reads what is given and writes to what is replaced, nothing else.
+        replaced: names of the tensors that differ from copy to copy.
+        given: by name, the tensors that are the same for all copies.
+
+    Raises:
+        _Differs: when the graph does something else.
+    """
+
+    def __init__(self, graph: tf.Graph, replaced: set[str], given: dict[str, Any]) -> None:
+        self._given = given
+        self._shared: dict[str, tf.Tensor] | None = None
+        once: set[str] = set()
+        several: set[str] = set()
+        for op in graph.get_operations():
+            if op.type == "Placeholder":
+                continue
+            of_all = all(t.op.name in once or t.name in given for t in op.inputs)
+            (once if of_all else several).add(op.name)
+            if op.type in _READS or (op.type in _WRITES and op.inputs[0].name in replaced):
+                continue
+            if op.op_def.is_stateful or any("func" in a.type for a in op.op_def.attr):
+                raise _Differs(op.type)
+        definition = graph.as_graph_def()
+        self._once = _part(definition, once)
+        self._several = _part(definition, several)
+        used = {_tensor_name(name) for node in self._several.node for name in node.input}
+        self._handed_on = sorted(used - replaced - {f"{n.name}:0" for n in self._several.node})
+        self._handed_on = [n for n in self._handed_on if n.split(":")[0] in once or n in given]
+
+    def __call__(self, replacements: dict[str, Any]) -> None:
+        if self._shared is None:
+            given = {name: _in_graph(tensor) for name, tensor in self._given.items()}
+            made = [name for name in self._handed_on if name not in given]
+            tensors = _import(self._once, given, made)
+            self._shared = {**given, **dict(zip(made, tensors, strict=True))}
+        inputs = {name: _in_graph(tensor) for name, tensor in replacements.items()}
+        _import(self._several, {**self._shared, **inputs}, [])
+
+
+def _part(definition: Any, names: set[str]) -> Any:
+    """Returns the nodes of a graph with these names, without ties to other nodes."""
+    part = tf.compat.v1.GraphDef(versions=definition.versions)
+    for node in definition.node:
+        if node.name not in names:
+            continue
+        copied = part.node.add()
+        copied.CopyFrom(node)
+        del copied.input[:]
+        copied.input.extend(
+            name for name in node.input if not name.startswith("^") or name[1:] in names
+        )
+        copied.attr.pop("_class", None)
+    return part
+
+
+def _import(part: Any, tensors: dict[str, Any], outputs: list[str]) -> list[tf.Tensor]:
+    used = {_tensor_name(name) for node in part.node for name in node.input}
+    inputs = {name: tensor for name, tensor in tensors.items() if name in used}
+    found = tf.graph_util.import_graph_def(part, inputs, outputs, name="update")
+    return list(found or ())
+
+
+def _tensor_name(name: str) -> str:
+    return name if ":" in name or name.startswith("^") else f"{name}:0"
+
+
+def _in_graph(tensor: Any) -> tf.Tensor:
+    if tensor.dtype == tf.resource:
+        # It must stay what it is, or the order of what is done to it would be lost.
+        return tf.convert_to_tensor(tensor)
+    # An identity brings a tensor from outside a branch into it.
+    inside = getattr(tensor, "graph", None) is tf.compat.v1.get_default_graph()
+    return tensor if inside else tf.identity(tensor)
 
 
 def _lists_by_index(optimizer: Any) -> list[Any] | None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import keras
+
 _flag = attrgetter("trainable")
 
 
@@ -31,6 +33,12 @@ def owners(model: Any) -> dict[int, int]:
         for variable in layer._trainable_variables:
             found.setdefault(id(variable), id(layer))
     return found
+
+
+def recurrent_states(model: Any) -> list[Any]:
+    """Returns what stateful recurrent layers carry on, which Keras does not track."""
+    carrying = [v for v in layers_of(model) if isinstance(v, keras.layers.RNN) and v.stateful]
+    return [state for layer in carrying for state in keras.tree.flatten(layer.states)]
 
 
 class Flags:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_tapefit import hooks
+from keras_tapefit import TapeModel, hooks
 from keras_tapefit.gradients.units import unit_axes
 
 RNG = np.random.default_rng(3)
@@ -62,6 +62,31 @@ def test_norm_of_a_layer_is_joint(bench):
     np.testing.assert_allclose(kernel, [[3 / 13], [4 / 13]], rtol=1e-6)
     np.testing.assert_allclose(bias, [12 / 13], rtol=1e-6)
     np.testing.assert_array_equal(other, [0.5])
+
+
+def test_layers_of_one_name_are_two_layers():
+    class Twins(TapeModel):
+        def __init__(self):
+            super().__init__()
+            self.one = layers.Dense(1, name="twin")
+            self.two = layers.Dense(1, name="twin")
+
+        def call(self, x):
+            return self.one(x) + 3.0 * self.two(x)
+
+    model = Twins()
+    x = np.array([[3.0, 4.0]])
+    model(x)
+    assert len({v.path for v in model.variables}) == 2
+    model.compile(keras.optimizers.SGD(1.0), "mae")
+    before = model.get_weights()
+    model.register_gradient_hook(hooks.NormClipping(1.0, per_layer=True))
+    model.train_on_batch(x, np.array([[-1000.0]]))
+    moved = [b - a for a, b in zip(model.get_weights(), before, strict=True)]
+    # Kernel [3, 4] and bias [1] of the one, three times that of the other.
+    for kernel, bias in (moved[:2], moved[2:]):
+        np.testing.assert_allclose(kernel, [[3 / 26**0.5], [4 / 26**0.5]], rtol=1e-5)
+        np.testing.assert_allclose(bias, [1 / 26**0.5], rtol=1e-5)
 
 
 def test_value(bench):

@@ -47,8 +47,14 @@ class Moved(keras.callbacks.Callback):
 def _moved(model, epochs, by="epoch", batch_size=8, **options):
     moved = Moved(by)
     model.fit(
-        X, Y, batch_size=batch_size, epochs=epochs, verbose=0, shuffle=False,
-        callbacks=[moved], **options,
+        X,
+        Y,
+        batch_size=batch_size,
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=[moved],
+        **options,
     )
     return moved.rows
 
@@ -72,6 +78,18 @@ def test_steps_are_those_of_the_optimizer():
     moved = Moved("step")
     model.fit(X, targets, batch_size=8, shuffle=False, epochs=2, verbose=0, callbacks=[moved])
     assert moved.rows == ["", "bcn", "", "abcn"]
+
+
+def test_one_trace_for_each_set_of_variables():
+    traces = []
+
+    def count(gradient, variable):
+        traces.append(variable.path)
+
+    model = _model(hooks.Freezing("a/*", epochs=(1, 3)), hooks.LambdaHook(count, targets="c/bias"))
+    assert _moved(model, 5) == ["abcn", "bcn", "bcn", "abcn", "abcn"]
+    assert _moved(model, 2) == ["abcn", "bcn"]
+    assert len(traces) == 2
 
 
 def test_freezing_for_good_and_removal():

@@ -55,7 +55,9 @@ def test_targets_of_a_function(two_layers):
 
 
 def test_what_is_no_function():
-    with pytest.raises(TypeError, match=r"`fn` must be a function of `\(gradient, variable\)`. Rec"):
+    with pytest.raises(
+        TypeError, match=r"`fn` must be a function of `\(gradient, variable\)`. Rec"
+    ):
         hooks.LambdaHook(3)
 
 
@@ -78,7 +80,7 @@ WRONG = {
     "dtype": (
         lambda: _hook(lambda g: g.map(lambda x: tf.cast(x, tf.float64))),
         TypeError,
-        r"'odd' \(Odd\) must keep the dtype of the gradient of 'first/kernel', float32. Rec.*float64",
+        r"'odd' \(Odd\) must keep the dtype of the gradient of 'first/kernel', float32.*float64",
     ),
     "dtype from a function": (
         lambda: lambda g, v: tf.cast(g, tf.float16),

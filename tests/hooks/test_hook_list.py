@@ -11,8 +11,11 @@ X, Y = np.array([[3.0, 4.0]]), np.array([[0.0]])
 @pytest.fixture
 def three(line):
     line.gradient_hooks.set(
-        [hooks.GlobalNormClipping(1.0), hooks.GradientScaling(2.0, name="double"),
-         hooks.GlobalNormClipping(3.0)]
+        [
+            hooks.GlobalNormClipping(1.0),
+            hooks.GradientScaling(2.0, name="double"),
+            hooks.GlobalNormClipping(3.0),
+        ]
     )
     return line.gradient_hooks
 
@@ -29,8 +32,12 @@ def _seen(model):
 
 
 def test_default_names():
-    names = {"BlockRMSClipping": "block_rms_clipping", "ZScoreClipping": "z_score_clipping",
-             "GlobalNormClipping": "global_norm_clipping", "LambdaHook": "lambda_hook"}
+    names = {
+        "BlockRMSClipping": "block_rms_clipping",
+        "ZScoreClipping": "z_score_clipping",
+        "GlobalNormClipping": "global_norm_clipping",
+        "LambdaHook": "lambda_hook",
+    }
     for name, expected in names.items():
         assert getattr(hooks, name)._default_name() == expected
 
@@ -115,8 +122,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "text"), WRONG)
 def test_what_is_no_hook(three, line, wrong, text):
-    for add in (three.append, three.add, line.register_gradient_hook,
-                lambda hook: three.set([hook]), lambda hook: three.replace(0, hook)):
+    for add in (
+        three.append,
+        three.add,
+        line.register_gradient_hook,
+        lambda hook: three.set([hook]),
+        lambda hook: three.replace(0, hook),
+    ):
         with pytest.raises(TypeError, match=text):
             add(wrong)
 

@@ -27,11 +27,18 @@ def fitted(two_layers):
     def fit(*gradient_hooks, batch_size=8, epochs=2, **options):
         collect = Collect()
         two_layers.compile(
-            keras.optimizers.SGD(0.1, momentum=0.9), "mse", gradient_hooks=[*gradient_hooks],
+            keras.optimizers.SGD(0.1, momentum=0.9),
+            "mse",
+            gradient_hooks=[*gradient_hooks],
             **options,
         )
         history = two_layers.fit(
-            X, Y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0,
+            X,
+            Y,
+            batch_size=batch_size,
+            epochs=epochs,
+            shuffle=False,
+            verbose=0,
             callbacks=[collect],
         )
         return history.history, [*collect.weights, two_layers.get_weights()]
@@ -161,13 +168,19 @@ def test_what_a_hook_of_ones_own_reports():
 
 def test_wrong_arguments():
     for make in (hooks.GradientMonitor, hooks.UpdateMonitor):
-        with pytest.raises(TypeError, match="`per_variable` must be a bool. Received: per_variable=1"):
+        with pytest.raises(
+            TypeError, match="`per_variable` must be a bool. Received: per_variable=1"
+        ):
             make(per_variable=1)
     hook = hooks.GradientMonitor()
-    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'sum'. Received: reduction="):
+    with pytest.raises(
+        ValueError, match="`reduction` must be 'mean' or 'sum'. Received: reduction="
+    ):
         hook.report("x", 1.0, reduction="max")
     for use in (lambda: hook.report("x", 1.0), lambda: hook.step, lambda: hook.loss):
-        with pytest.raises(RuntimeError, match="only inside `apply` and `after_update` of 'gradien"):
+        with pytest.raises(
+            RuntimeError, match="only inside `apply` and `after_update` of 'gradien"
+        ):
             use()
     with pytest.raises(RuntimeError, match="`unit` can be used once 'gradient_monitor' is being b"):
         hook.unit(None)

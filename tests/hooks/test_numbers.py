@@ -94,8 +94,9 @@ def test_schedules_follow_the_updates(line):
 
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}])
 def test_numbers_are_live_in_every_mode(line, options):
-    line.compile(keras.optimizers.SGD(1.0), "mse", gradient_hooks=[hooks.GradientScaling(1.0)],
-                 **options)
+    line.compile(
+        keras.optimizers.SGD(1.0), "mse", gradient_hooks=[hooks.GradientScaling(1.0)], **options
+    )
     for value in (1.0, 0.5):
         line.gradient_hooks[0].factor = value
         line.set_weights([np.ones((2, 1))])

@@ -82,7 +82,9 @@ def test_zscore_against_numpy(bench):
         zscore = (norm - mean) / (stddev + 1e-6)
         kept = mean + 2.5**2 * stddev / zscore if zscore > 2.5 else norm
         clipped += zscore > 2.5
-        assert result == pytest.approx(kept * (norm / (norm + 1e-6) if zscore > 2.5 else 1), rel=2e-4)
+        assert result == pytest.approx(
+            kept * (norm / (norm + 1e-6) if zscore > 2.5 else 1), rel=2e-4
+        )
         mean = 0.97 * mean + 0.03 * kept
         variance = 0.97 * variance + 0.03 * (kept - mean) ** 2
     assert clipped > 5

@@ -1,0 +1,109 @@
+"""The logs of a `train_step` of a user's own that takes our tape.
+
+Keras shows the loss as 0 and anything else as the last batch's, unless the step keeps
+metrics itself. Here what it returns becomes means over the epoch's examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.hooks.step import Report
+from keras_tapefit.models import keras_trainer
+from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.models.scope import StepScope, open_scope
+from keras_tapefit.update import replicas
+
+
+@contextlib.contextmanager
+def listening(runtime: Runtime) -> Iterator[None]:
+    """Has the metrics of a model tell the step that is open what is done with them."""
+    tracker = keras_trainer.loss_tracker(runtime.model)
+    methods = [(metric, "result", _note_result) for metric in runtime.model.metrics]
+    if tracker is not None:
+        methods.append((tracker, "update_state", _note_tracked))
+    patched = [m for m in methods if m[1] not in m[0].__dict__]
+    for metric, name, note in patched:
+        # Past Keras's attribute tracking.
+        metric.__dict__[name] = _told(runtime, getattr(metric, name), note)
+    try:
+        yield
+    finally:
+        for metric, name, _ in patched:
+            metric.__dict__.pop(name, None)
+
+
+def complete_logs(scope: StepScope, logs: Any, data: Any) -> Any:
+    """Takes what a step returned into the epoch's means.
+
+    Args:
+        scope: of the step.
+        logs: what the step returned.
+        data: the batch.
+
+    Returns:
+        The logs with the mean loss; the other means are reported at the step's end.
+    """
+    model = scope.runtime.model
+    if not scope.used_tape or not isinstance(logs, dict):
+        return logs
+    tracker = keras_trainer.loss_tracker(model)
+    is_tracked = any(metric is tracker for metric in model.metrics)
+    weight = _batch_size(data)
+    if "loss" in logs and is_tracked and not scope.tracked_loss:
+        # The tracker's own result, without an update, is what `compute_metrics` gives.
+        loss = scope.loss if _is_result(scope, logs["loss"]) else logs["loss"]
+        if loss is not None:
+            keras_trainer.update_tracker(model, loss, weight)
+            logs = {**logs, "loss": tracker.result()}
+    known = model.get_metrics_result()
+    extra = {
+        name: value
+        for name, value in logs.items()
+        if name not in known and not _is_result(scope, value) and _is_scalar(value)
+    }
+    if extra:
+        total = replicas.sum_over(tf.cast(weight, tf.float32))
+        for name, value in extra.items():
+            share = tf.cast(value, tf.float32) * tf.cast(weight, tf.float32)
+            mean = tf.math.divide_no_nan(replicas.sum_over(share), total)
+            scope.add_report(Report(model, name, mean, "mean", total))
+    return logs
+
+
+def _told(runtime: Runtime, method: Any, note: Any) -> Any:
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        value = method(*args, **kwargs)
+        scope = open_scope(runtime)
+        if scope is not None:
+            note(scope, value)
+        return value
+
+    return telling
+
+
+def _note_result(scope: StepScope, value: Any) -> None:
+    scope.results.append(value)
+
+
+def _note_tracked(scope: StepScope, value: Any) -> None:
+    scope.tracked_loss = True
+
+
+def _is_result(scope: StepScope, value: Any) -> bool:
+    return any(value is result for result in scope.results)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, bool | int | float):
+        return True
+    return tf.is_tensor(value) and value.shape.rank == 0 and value.dtype != tf.string
+
+
+def _batch_size(data: Any) -> Any:
+    first = keras_trainer.first_array(data)
+    return 1 if first is None or first.shape.rank == 0 else tf.shape(first)[0]

@@ -1,0 +1,241 @@
+"""What the table is made of: hooks, modes, optimizers, models. Each is one list.
+
+A hook, a mode or an optimizer is added by one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from keras_tapefit import TapeModel, hooks
+
+BATCH_SIZE = 12
+NUM_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the same training.
+
+    Args:
+        name: in tests and in the table.
+        compile: arguments of `compile`.
+        strategy: makes the strategy in whose scope the model is made.
+        optimizer: what is put around the optimizer.
+        feed: takes the data, and returns what `fit` gets.
+        tolerance: the largest relative difference of weights and logs to the reference.
+        leaves_out: names of hooks and optimizers that have no meaning here, by reason.
+    """
+
+    name: str
+    compile: dict[str, Any] = field(default_factory=dict)
+    strategy: Callable[[], Any] = contextlib.nullcontext
+    optimizer: Callable[[Any], Any] = lambda optimizer: optimizer
+    feed: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: {
+        **data,
+        "batch_size": BATCH_SIZE,
+        "shuffle": False,
+    }
+    tolerance: float = 1e-6
+    leaves_out: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def mirrored(num_replicas: int) -> Any:
+    """Returns a strategy on CPU devices, one for the whole process."""
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(num_replicas)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
+def _loss_scale(optimizer: Any) -> Any:
+    return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**12)
+
+
+REFERENCE = Mode("graph", {"jit_compile": False})
+
+MODES = [
+    Mode("eager", {"run_eagerly": True}),
+    Mode("XLA", {"jit_compile": True}),
+    Mode("3 steps per execution", {"steps_per_execution": 3, "jit_compile": False}),
+    Mode("2 replicas", strategy=lambda: mirrored(2).scope()),
+    Mode("loss scale", {"jit_compile": False}, optimizer=_loss_scale),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One or more hooks, and the data that give them something to do.
+
+    Args:
+        hooks: makes them.
+        bad_target: the target of one example, in the second half of the third batch.
+    """
+
+    hooks: Callable[[], list[Any]]
+    bad_target: float | None = None
+
+
+def grow(gradient: Any, variable: Any) -> Any:
+    """Not linear, so that a wrong factor shows with every optimizer."""
+    return gradient * (1.0 + tf.norm(gradient))
+
+
+def break_large(gradient: Any, variable: Any) -> Any:
+    """Makes NaN of the largest elements."""
+    return tf.where(tf.abs(gradient) > 0.3, math.nan, gradient)
+
+
+def _warmed_up() -> dict[str, Any]:
+    return {"num_warmup_steps": 2, "momentum": 0.9}
+
+
+HOOKS = {
+    "LambdaHook": Case(lambda: [grow]),
+    "GlobalNormClipping": Case(lambda: [grow, hooks.GlobalNormClipping(0.5)]),
+    "NormClipping": Case(lambda: [hooks.NormClipping(0.2)]),
+    "NormClipping per layer": Case(lambda: [hooks.NormClipping(0.3, per_layer=True)]),
+    "ValueClipping": Case(lambda: [hooks.ValueClipping(0.05)]),
+    "BlockRMSClipping": Case(lambda: [hooks.BlockRMSClipping(0.05)]),
+    "AdaptiveClipping": Case(lambda: [hooks.AdaptiveClipping(0.1)]),
+    "PercentileClipping": Case(lambda: [hooks.PercentileClipping(30, history=4)]),
+    "ZScoreClipping": Case(lambda: [hooks.ZScoreClipping(1.0, **_warmed_up())], 30.0),
+    "SkipNonFinite": Case(lambda: [hooks.SkipNonFinite(), grow], math.nan),
+    "SkipSpikes": Case(lambda: [hooks.SkipSpikes(40.0, **_warmed_up())], 300.0),
+    "SkipSpikes of the loss": Case(
+        lambda: [hooks.SkipSpikes(40.0, monitor="loss", **_warmed_up())], 300.0
+    ),
+    "ZeroNonFinite": Case(lambda: [break_large, hooks.ZeroNonFinite()]),
+    "GradientScaling": Case(lambda: [hooks.GradientScaling(0.5), grow]),
+    "GradientNoise": Case(lambda: [hooks.GradientNoise(0.1, seed=3)]),
+    "Centralization": Case(lambda: [hooks.Centralization(), grow]),
+    "LearningRateMultiplier": Case(lambda: [hooks.LearningRateMultiplier(0.3, targets="end/*")]),
+    "Freezing": Case(lambda: [hooks.Freezing("hidden/*", epochs=1), grow]),
+    "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
+    "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
+    "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
+}
+
+
+def _multi_optimizer() -> Any:
+    from keras.src.optimizers.multi_optimizer import OptimizerMap
+
+    return keras.optimizers.MultiOptimizer(
+        OptimizerMap(keras.optimizers.SGD(0.05, momentum=0.9), {"end.*": keras.optimizers.Adam()})
+    )
+
+
+# SGD shows wrong factors, to which Adam is blind.
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(0.01),
+    "AdamW EMA": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, use_ema=True),
+    "MultiOptimizer": _multi_optimizer,
+}
+
+
+def _dense() -> tuple[Any, Any]:
+    inputs = keras.Input((6,), name="x")
+    return inputs, layers.Dense(5, activation="tanh", name="hidden")(inputs)
+
+
+def _embedding() -> tuple[Any, Any]:
+    # Five tokens, four a sequence: every batch repeats rows.
+    inputs = keras.Input((4,), dtype="int32", name="x")
+    embedded = layers.Embedding(5, 3, name="table")(inputs)
+    flat = layers.Flatten()(embedded)
+    return inputs, layers.Dense(5, activation="tanh", name="hidden")(flat)
+
+
+MODELS = {"embedding": _embedding, "dense": _dense}
+
+
+def _data(model: str, bad_target: float | None) -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    shapes = {"dense": (48, 6), "embedding": (48, 4)}
+    x = rng.normal(size=shapes[model]).astype("float32")
+    if model == "embedding":
+        x = rng.integers(0, 5, size=shapes[model]).astype("int32")
+    y = rng.normal(size=(48, 2)).astype("float32")
+    if bad_target is not None:
+        y[2 * BATCH_SIZE + BATCH_SIZE * 3 // 4] = bad_target
+    return {"x": x, "y": y}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training left.
+
+    Args:
+        weights: all in one vector.
+        logs: epoch by epoch.
+        state: of the hooks, all in one vector.
+    """
+
+    weights: np.ndarray
+    logs: dict[str, list[float]]
+    state: np.ndarray
+
+
+def train(hook: str, mode: Mode, optimizer: str, model: str) -> Result:
+    """Runs the training of one cell."""
+    case = HOOKS[hook]
+    keras.utils.set_random_seed(5)
+    with mode.strategy():
+        inputs, hidden = MODELS[model]()
+        trained = TapeModel(inputs, layers.Dense(2, name="end")(hidden))
+        trained.compile(
+            mode.optimizer(OPTIMIZERS[optimizer]()),
+            "mse",
+            gradient_hooks=case.hooks(),
+            **mode.compile,
+        )
+    fed = mode.feed(_data(model, case.bad_target))
+    history = trained.fit(**fed, epochs=NUM_EPOCHS, verbose=0).history
+    state = [v.numpy() for h in trained.gradient_hooks for v in h.variables]
+    return Result(_vector(trained.get_weights()), history, _vector(state))
+
+
+@functools.cache
+def reference(hook: str, optimizer: str, model: str) -> Result:
+    """Runs the training in a plain graph, once."""
+    return train(hook, REFERENCE, optimizer, model)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the distance of two vectors, relative to the length of the second."""
+    if a.size == 0:
+        return 0.0
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def differences(hook: str, mode: Mode, optimizer: str, model: str) -> dict[str, float]:
+    """Returns how far a mode is from the reference: weights, logs, state of hooks."""
+    found, expected = train(hook, mode, optimizer, model), reference(hook, optimizer, model)
+    # A dynamic loss scale is a gate of its own: its zero is in the logs.
+    names = sorted(found.logs.keys() | expected.logs.keys())
+    missing = {name for name in names if name not in expected.logs or name not in found.logs}
+    assert missing <= {"skipped_steps"}, missing
+    none = [0.0] * NUM_EPOCHS
+    logs = [_vector([r.logs.get(name, none) for name in names]) for r in (found, expected)]
+    return {
+        "weights": difference(found.weights, expected.weights),
+        "logs": difference(*logs),
+        "state": difference(found.state, expected.state),
+    }
+
+
+def _vector(values: list[Any]) -> np.ndarray:
+    flat = [np.asarray(v, "float64").ravel() for v in values]
+    return np.concatenate(flat) if flat else np.zeros(0)

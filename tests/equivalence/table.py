@@ -1,0 +1,105 @@
+"""Measures the table, and writes it to `docs/equivalence.md`.
+
+    python -m tests.equivalence.table [--everyday]
+
+With `--everyday` one optimizer and one model stand for all. It ends with an error where
+a cell is beyond its tolerance.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from tests import conftest as conftest  # isort: skip
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tests.equivalence import cases
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "equivalence.md"
+
+TEXT = """\
+# The equivalence table
+
+<!-- Written by `python -m tests.equivalence.table`. Do not edit. -->
+
+Every hook runs the same small training in every mode: {num_steps} steps, {models}, and \
+with each of {optimizers}. A cell is the distance of the trained weights from those of a \
+plain graph, relative to their length; the largest over {runs}. Logs, and what hooks keep \
+as state, are held to the same tolerance. What float32 resolves is 6e-8.
+
+{table}
+
+The modes: `run_eagerly=True`; `jit_compile=True`; `steps_per_execution=3`, which does not \
+divide the number of steps; `tf.distribute.MirroredStrategy` on 2 devices, each with half \
+of the batch; a dynamic `LossScaleOptimizer`. The trainings are such that mistakes show: \
+embeddings with repeated tokens, gradients that depend on their own scale (SGD; an \
+optimizer like Adam is blind to a wrong factor), a bad example that only one replica sees.
+
+Measured with Keras {keras}, TensorFlow {tf}, NumPy {np}, on CPU.
+"""
+
+
+def measure(combinations: list[tuple[str, str]]) -> dict[tuple[str, str], float | None]:
+    """Returns the largest difference of the weights, by hook and mode."""
+    cells: dict[tuple[str, str], float | None] = {}
+    failed = 0
+    for hook in cases.HOOKS:
+        for mode in cases.MODES:
+            found = [
+                cases.differences(hook, mode, optimizer, model)
+                for model, optimizer in combinations
+                if not {hook, optimizer, model} & mode.leaves_out.keys()
+            ]
+            cells[hook, mode.name] = max((f["weights"] for f in found), default=None)
+            if any(max(f.values()) > mode.tolerance for f in found):
+                failed += 1
+                print(f"{hook} / {mode.name}: {found}", file=sys.stderr)
+        row = [cells[hook, mode.name] for mode in cases.MODES]
+        print(hook, *map(_number, row), sep="\t", flush=True)
+        keras.backend.clear_session()
+    if failed:
+        raise SystemExit(f"{failed} cells are beyond their tolerance.")
+    return cells
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _table(cells: dict[tuple[str, str], float | None]) -> str:
+    header = ["hook", *(mode.name for mode in cases.MODES)]
+    lines = [header, ["---"] * len(header)]
+    for hook in cases.HOOKS:
+        lines.append([hook, *(_number(cells[hook, mode.name]) for mode in cases.MODES)])
+    lines.append(["tolerance", *(_number(mode.tolerance) for mode in cases.MODES)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--everyday", action="store_true", help="one optimizer and model only")
+    everyday = parser.parse_args().everyday
+    models = list(cases.MODELS)[: 1 if everyday else None]
+    optimizers = list(cases.OPTIMIZERS)[: 1 if everyday else None]
+    cells = measure([(model, optimizer) for model in models for optimizer in optimizers])
+    runs = len(models) * len(optimizers)
+    page = TEXT.format(
+        num_steps=cases.NUM_EPOCHS * 48 // cases.BATCH_SIZE,
+        models=" and ".join(f"the {name} model" for name in models),
+        optimizers=", ".join(optimizers),
+        runs="one run" if runs == 1 else f"the {runs} runs",
+        table=_table(cells),
+        keras=keras.__version__,
+        tf=tf.__version__,
+        np=np.__version__,
+    )
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"Wrote {PAGE}.")
+
+
+if __name__ == "__main__":
+    main()

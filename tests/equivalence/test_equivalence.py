@@ -1,0 +1,65 @@
+"""Every hook, in every mode, with every optimizer: against a plain graph."""
+
+import numpy as np
+import pytest
+
+from keras_tapefit import hooks
+
+from . import cases
+
+EVERYDAY = ("embedding", "SGD")
+REST = [
+    (model, optimizer)
+    for model in cases.MODELS
+    for optimizer in cases.OPTIMIZERS
+    if (model, optimizer) != EVERYDAY
+]
+
+
+def _check(hook, mode, optimizer, model):
+    for left_out, reason in mode.leaves_out.items():
+        if left_out in (hook, optimizer, model):
+            pytest.skip(reason)
+    found = cases.differences(hook, mode, optimizer, model)
+    assert max(found.values()) <= mode.tolerance, found
+
+
+@pytest.mark.parametrize("mode", cases.MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("hook", cases.HOOKS)
+def test_everyday(hook, mode):
+    model, optimizer = EVERYDAY
+    _check(hook, mode, optimizer, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "optimizer"), REST)
+@pytest.mark.parametrize("mode", cases.MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("hook", cases.HOOKS)
+def test_the_rest(hook, mode, model, optimizer):
+    _check(hook, mode, optimizer, model)
+
+
+@pytest.mark.parametrize("hook", cases.HOOKS)
+def test_every_hook_has_something_to_do(hook):
+    """Otherwise its line in the table would prove nothing."""
+    model, optimizer = EVERYDAY
+    with_hook = cases.reference(hook, optimizer, model)
+    assert np.isfinite(with_hook.weights).all()
+    assert all(np.isfinite(values).all() for values in with_hook.logs.values())
+    if cases.HOOKS[hook].bad_target is not None:
+        # Without the hook the bad example does harm.
+        logs = with_hook.logs
+        assert logs.get("skipped_steps", [1.0, 1.0]) == [1.0, 1.0], logs
+    own = {"UpdateMonitor": "update_ratio", "GradientMonitor": "gradient_norm"}
+    if hook in own:
+        assert own[hook] in with_hook.logs
+
+
+def test_every_hook_is_in_the_table():
+    used = {type(h).__name__ for case in cases.HOOKS.values() for h in case.hooks()}
+    public = {
+        name
+        for name, value in vars(hooks).items()
+        if isinstance(value, type) and issubclass(value, hooks.GradientHook)
+    }
+    assert public - used - {"GradientHook", "NoiseScale", "LambdaHook"} == set()
