@@ -19,7 +19,7 @@ from keras_tapefit.backward.base import (
     check_integer,
     register,
 )
-from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients import Gradients, draws
 from keras_tapefit.gradients.norms import axes_norm, wide
 from keras_tapefit.gradients.sparse import to_dense
 
@@ -185,12 +185,11 @@ class PerExampleClipping(GradientMethod):
 
     def _noise(self, objective: Objective, variables: list[Any]) -> list[tf.Tensor]:
         streams = np.random.SeedSequence([abs(self._drawn), self._drawn < 0])
-        seeds = (streams.generate_state(max(1, len(variables))) >> 1).astype("int32")
+        seeds = streams.generate_state(max(1, len(variables)))
         stddev = LiveNumber.of(self, "noise_multiplier") * LiveNumber.of(self, "max_norm")
         stddev = tf.where(objective.is_first_replica(), stddev, 0.0)
-        step = tf.cast(objective.steps(), tf.int32)
         return [
-            stddev * tf.random.stateless_normal(v.shape, seed=[seed, step], alg="philox")
+            stddev * draws.normal(v.shape, (seed, objective.steps()))
             for v, seed in zip(variables, seeds, strict=False)
         ]
 

@@ -14,7 +14,7 @@ from keras_tapefit.backward.base import (
     check_integer,
     register,
 )
-from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients import Gradients, draws
 from keras_tapefit.gradients.norms import joint_norm
 from keras_tapefit.gradients.sparse import to_dense
 
@@ -106,10 +106,7 @@ class ProjectedConflicts(GradientMethod):
         norms = tf.stack([tf.cast(joint_norm([task]), tasks.dtype) for task in tf.unstack(tasks)])
         # Along unit vectors, so that no product overflows; that of a zero task is zero.
         units = tasks / tf.where(norms > 0, norms, 1.0)[:, tf.newaxis]
-        draws = tf.random.stateless_uniform(
-            (num_tasks, num_tasks), seed=[self.seed, tf.cast(step, tf.int32)], alg="philox"
-        )
-        orders = tf.argsort(draws, axis=1)
+        orders = tf.argsort(draws.uniform((num_tasks, num_tasks), (self.seed, step)), axis=1)
         total = tf.zeros_like(tasks[0])
         for i in range(num_tasks):
             projected = tasks[i]

@@ -81,10 +81,17 @@ class SkipNonFinite(GradientHook):
         begins = bad & (self._consecutive.value == 0)
         self._first_variable.assign(tf.where(begins, culprit, self._first_variable.value))
         self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
-        self._consecutive.assign(tf.where(bad, self._consecutive.value + 1, 0))
+        self._consecutive.assign(tf.where(bad, self._consecutive.value + 1, self._kept()))
         self._seen.assign(self._seen.value + 1)
         self.skip_step(bad)
         return gradients
+
+    def _kept(self) -> tf.Tensor:
+        """The count after a good step: one that stops `fit` stays until it is looked at."""
+        count = tf.convert_to_tensor(self._consecutive.value)
+        if self.max_consecutive is None:
+            return tf.zeros_like(count)
+        return tf.where(count >= self.max_consecutive, count, 0)
 
     def check_state(self) -> None:
         if self.max_consecutive is None or self._built_for is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from keras_tapefit.gradients import Targets, matching
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.hooks.hook_list import as_hook
+from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.runtime import Runtime
 
 
@@ -20,8 +22,8 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
 
     Raises:
         TypeError: when an argument is of the wrong type.
-        ValueError: when `micro_batches` is not positive, or the model's strategy cannot
-            train it.
+        ValueError: when `micro_batches` is not positive, `jit_compile` is no value it
+            can have, or the model's strategy cannot train it.
     """
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int):
         raise TypeError(
@@ -30,6 +32,11 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
     if micro_batches < 1:
         raise ValueError(
             f"`micro_batches` must be at least 1. Received: micro_batches={micro_batches}."
+        )
+    if isinstance(jit_compile, str) and jit_compile not in ("auto", "update"):
+        raise ValueError(
+            "`jit_compile` must be True, False, 'auto' or 'update'. "
+            f"Received: jit_compile={jit_compile!r}."
         )
     strategy = model.distribute_strategy
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
@@ -49,6 +56,24 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
         )
 
 
+def keras_jit_compile(model: Any, jit_compile: Any, run_eagerly: bool) -> Any:
+    """Returns what Keras is to know of `jit_compile`, and says where it has no effect."""
+    if jit_compile != "update":
+        return jit_compile
+    if run_eagerly:
+        warnings.warn(
+            "`jit_compile='update'` has no effect with `run_eagerly=True`.", stacklevel=3
+        )
+    elif keras_trainer.strategy_of(model) is not None:
+        warnings.warn(
+            "`jit_compile='update'` has no effect under a `tf.distribute` strategy: the "
+            "update of its variables cannot be compiled by itself. Hooks and optimizer "
+            "run as without it.",
+            stacklevel=3,
+        )
+    return False
+
+
 def serialize(runtime: Runtime) -> dict[str, Any]:
     """Returns the arguments as a config holds them, those at their default left out."""
     config: dict[str, Any] = {}
@@ -60,6 +85,8 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
         config["backward"] = keras.saving.serialize_keras_object(runtime.backward)
     if runtime.micro_batches != 1:
         config["micro_batches"] = runtime.micro_batches
+    if runtime.jit_compile == "update":
+        config["jit_compile"] = "update"
     return config
 
 

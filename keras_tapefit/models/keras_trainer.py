@@ -35,6 +35,21 @@ def compute_loss(model: Any, batch: tuple[Any, Any, Any], y_pred: Any, training:
     )
 
 
+def build_losses(model: Any, batch: tuple[Any, Any, Any]) -> None:
+    """Has a model look up what its losses are; to be called before the forward pass.
+
+    Raises:
+        ValueError: when the model is compiled without a loss.
+    """
+    if model._compile_loss is None:
+        raise ValueError(
+            "There are no losses to tell apart: the model is compiled without any. Pass "
+            "`loss` to `compile`, one for each output, or give `tasks`."
+        )
+    if not model._compile_loss.built:
+        model._symbolic_build(data_batch=batch)
+
+
 def separate_losses(
     model: Any, batch: tuple[Any, Any, Any], y_pred: Any
 ) -> tuple[Any, list[Any]]:
@@ -43,18 +58,8 @@ def separate_losses(
     Returns:
         The loss, and of each loss that the model is compiled with its term therein,
         `loss_weights` included.
-
-    Raises:
-        ValueError: when the model is compiled without a loss.
     """
     compiled = model._compile_loss
-    if compiled is None:
-        raise ValueError(
-            "There are no losses to tell apart: the model is compiled without any. Pass "
-            "`loss` to `compile`, one for each output, or give `tasks`."
-        )
-    if not compiled.built:
-        model._symbolic_build(data_batch=batch)
     compiled._flat_losses[:] = [
         item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
         for item in compiled._flat_losses

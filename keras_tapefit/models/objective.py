@@ -47,6 +47,8 @@ class ModelObjective:
 
     def losses(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Any]:
         model = self._model
+        if tasks is None:
+            keras_trainer.build_losses(model, batch)
         y_pred = keras_trainer.forward(model, batch[0], training=True)
         if tasks is None:
             total, terms = keras_trainer.separate_losses(model, batch, y_pred)
@@ -181,5 +183,5 @@ def _for_example(variable: Any, value: Any, example: Any) -> Any:
     if example is None or variable.name != "seed_generator_state":
         return value
     # The second number counts the draws: far beyond what it will ever get to.
-    apart = tf.stack([tf.zeros((), tf.int64), (tf.cast(example, tf.int64) + 1) << 32])
+    apart = tf.stack([tf.zeros((), tf.int64), (tf.cast(example, tf.int64) + 1) * 2**32])
     return value + tf.cast(apart, value.dtype)

@@ -15,9 +15,11 @@ from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.saved_state import SavedState
+from keras_tapefit.models.shared import SharedTraces, TracedFunction
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.accumulation import Accumulation
 from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.compiled import update_compiled
 from keras_tapefit.update.update import Outcome, may_reject, update
 
 
@@ -33,6 +35,7 @@ class Runtime:
         self.hooks = HookList()
         self.backward: GradientMethod = Backpropagation()
         self.micro_batches = 1
+        self.jit_compile: Any = "auto"
         self.epoch = 0
         self.state = SavedState(self.hooks)
         self.scheduled: set[int] = set()
@@ -45,6 +48,7 @@ class Runtime:
         self._reports: Reports | None = None
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
+        self.shared: SharedTraces | None = None
 
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
@@ -196,7 +200,8 @@ class Runtime:
             self.prepare(optimizer)
         else:
             self.prepare()
-        return update(gradients, optimizer, self.hooks, scaled, loss, parts)
+        make = update_compiled if self.jit_compile == "update" else update
+        return make(gradients, optimizer, self.hooks, scaled, loss, parts)
 
     def follow_schedules(self) -> None:
         """Freezes and unfreezes what hooks say for this epoch and step."""
@@ -220,6 +225,14 @@ class Runtime:
             trainable.set_trainable(self.model, released, True)
         if frozen:
             trainable.set_trainable(self.model, frozen, False)
+
+    def forget_traces(self) -> None:
+        """Lets go of what was traced for variables that the model had before."""
+        self.flushes.clear()
+        self.model.predict_function = None
+        for function in (self.model.train_function, self.model.test_function):
+            if isinstance(function, TracedFunction):
+                function.forget()
 
     def check_hooks(self) -> None:
         """Lets hooks stop the training."""

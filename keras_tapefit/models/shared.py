@@ -28,6 +28,14 @@ class SharedTraces(Protocol):
         """Whether it is this model's values that the shared variables hold."""
 
 
+class TracedFunction:
+    """Base class of what calls the right one of several traces."""
+
+    def forget(self) -> None:
+        """Lets go of all traces of the model's own."""
+        raise NotImplementedError
+
+
 class StaleTrace(RuntimeError):
     """A shared trace is to be made again, for a model that does not use it any more."""
 

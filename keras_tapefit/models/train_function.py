@@ -11,11 +11,12 @@ from keras_tapefit.hooks import order_findings
 from keras_tapefit.models import own_steps, strategies
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, step_scope
+from keras_tapefit.models.shared import StaleTrace, TracedFunction, check_user, place
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.trainable import Flags
 
 
-class TrainFunction:
+class TrainFunction(TracedFunction):
     """Calls the traced step that fits the model as it is now.
 
     The `trainable` flags and the hooks decide which. Each combination is traced once
@@ -46,21 +47,38 @@ class TrainFunction:
             runtime.prepare(self._model.optimizer)
         runtime.follow_schedules()
         key = self._key()
-        if key not in self._traces:
-            names: list[str] = []
-            self._warn_of_order()
-            self._traces[key] = (self._make(names), names)
         if key != self._current:
             self._keep_averages()
-        function, names = self._traces[key]
         with self._listening():
-            logs = function(iterator)
+            logs, names = self._call(key, iterator)
         runtime.steps += self._model.steps_per_execution
         if runtime.hooks or names:
             runtime.reports.live = names
             runtime.check_hooks()
         self._settle(key)
         return logs
+
+    def _call(self, key: Any, iterator: Any) -> tuple[Any, list[str]]:
+        """Returns the logs of an execution, and the names of the reports in them."""
+        traces, where = place(
+            self._runtime.shared, self._model, "train", key, iterator, self._traces
+        )
+        if where not in traces:
+            new_names: list[str] = []
+            self._warn_of_order()
+            is_shared = traces is not self._traces
+            traces[where] = (self._make(new_names, is_shared), new_names)
+        function, names = traces[where]
+        try:
+            return function(iterator), names
+        except StaleTrace:
+            del traces[where]
+            return self._call(key, iterator)
+
+    def forget(self) -> None:
+        """Lets go of all traces of the model's own."""
+        self._traces.clear()
+        self._current = None
 
     def _listening(self) -> Any:
         if not self._own_step:
@@ -88,7 +106,8 @@ class TrainFunction:
         if key != self._current:
             self._flags = None
             settled = self._key()
-            self._traces.setdefault(settled, self._traces[key])
+            if key in self._traces:
+                self._traces.setdefault(settled, self._traces[key])
             self._current = settled
 
     def _keep_averages(self) -> None:
@@ -96,8 +115,9 @@ class TrainFunction:
         if optimizer is not None and optimizer.built:
             optimizers.average_only(optimizer, self._model.trainable_variables)
 
-    def _make(self, names: list[str]) -> Callable[[Any], Any]:
+    def _make(self, names: list[str], is_shared: bool = False) -> Callable[[Any], Any]:
         def step(data: Any) -> Any:
+            check_user(self._runtime.shared, self._model, is_shared)
             with step_scope(self._runtime) as scope:
                 logs = self._model.train_step(data)
                 logs = scope.finish(own_steps.complete_logs(scope, logs, data))
@@ -106,6 +126,44 @@ class TrainFunction:
             if not isinstance(logs, dict) or not names:
                 return logs
             return {**logs, **self._runtime.reports.results(names)}
+
+        return strategies.make_function(self._model, step)
+
+
+class TestFunction(TracedFunction):
+    """Calls the traced step that evaluates a model that shares traces.
+
+    Args:
+        model: the model.
+        runtime: its private side.
+    """
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._traces: dict[Any, Any] = {}
+
+    def __call__(self, iterator: Any) -> Any:
+        # What is trained changes an evaluation too: layers may look at `trainable`.
+        key = (Flags(self._model).read(), self._runtime.hooks.structure())
+        shared = self._runtime.shared
+        traces, where = place(shared, self._model, "test", key, iterator, self._traces)
+        if where not in traces:
+            traces[where] = (self._make(traces is not self._traces), [])
+        try:
+            return traces[where][0](iterator)
+        except StaleTrace:
+            del traces[where]
+            return self(iterator)
+
+    def forget(self) -> None:
+        """Lets go of all traces of the model's own."""
+        self._traces.clear()
+
+    def _make(self, is_shared: bool) -> Callable[[Any], Any]:
+        def step(data: Any) -> Any:
+            check_user(self._runtime.shared, self._model, is_shared)
+            return self._model.test_step(data)
 
         return strategies.make_function(self._model, step)
 

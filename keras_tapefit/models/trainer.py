@@ -20,7 +20,7 @@ from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
 from keras_tapefit.models.tape import StepTape, prepare_optimizer
-from keras_tapefit.models.train_function import TrainFunction
+from keras_tapefit.models.train_function import TestFunction, TrainFunction
 from keras_tapefit.models.window import flush_window
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.rollback import Rollback
@@ -88,6 +88,7 @@ class TapeTrainer:
         Takes every argument of `keras.Model.compile`, and:
 
         Args:
+            jit_compile: also `"update"`: XLA for hooks and optimizer only, one program.
             gradient_hooks: a list of `GradientHook`s or functions of
                 `(gradient, variable)`. `None` keeps the hooks there are, `[]` removes
                 them.
@@ -117,11 +118,12 @@ class TapeTrainer:
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
             steps_per_execution=steps_per_execution,
-            jit_compile=jit_compile,
+            jit_compile=compile_arguments.keras_jit_compile(self, jit_compile, run_eagerly),
             auto_scale_loss=auto_scale_loss,
         )
         runtime = runtime_of(self)
         runtime.micro_batches = micro_batches
+        runtime.jit_compile = jit_compile
         if new_hooks is not None:
             runtime.hooks.set(new_hooks)
         if new_backward is not None:
@@ -155,11 +157,18 @@ class TapeTrainer:
             self.train_function.refresh()
         if self.built:
             runtime_of(self).prepare(self.optimizer)
+            shared = runtime_of(self).shared
+            if shared is not None and self.optimizer.built:
+                shared.settle(self)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `evaluate` calls; as `keras.Model` does."""
         if not strategies.needs_own_function(self):
+            if runtime_of(self).shared is not None:
+                if self.test_function is None or force:
+                    self.test_function = TestFunction(self, runtime_of(self))
+                return self.test_function
             return super().make_test_function(force=force)
         if self.test_function is None or force:
             self.test_function = strategies.make_function(self, self.test_step)

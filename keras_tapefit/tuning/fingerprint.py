@@ -43,7 +43,7 @@ _BOOKKEEPING = frozenset(
     "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
     "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
     "_call_signature _inbound_nodes _outbound_nodes _distribution_strategy "
-    "_compiled_trainable_state".split()
+    "_compiled_trainable_state _nodes".split()
 )
 # Of a hook: what is derived from the model that it is built for.
 _OF_HOOK = frozenset("_built_for _model_variables _units _owners _structure _watched".split())
@@ -125,9 +125,9 @@ class Fingerprint:
         if runtime._reports is not None:
             self._walk("reports", runtime._reports)
 
-    def difference(self, other: Fingerprint) -> str:
-        """Returns where the first difference between two fingerprints is."""
-        for mine, theirs, path in zip(self.tokens, other.tokens, self._paths, strict=False):
+    def difference(self, tokens: list[Any]) -> str:
+        """Returns where the first difference from other tokens is."""
+        for mine, theirs, path in zip(self.tokens, tokens, self._paths, strict=False):
             if mine != theirs:
                 return f"{path}: {mine!r} is not {theirs!r}"
         return "one of the models has more parts"

@@ -131,6 +131,7 @@ class TracePool:
 
     def storage_for(self, model: Any) -> Storage | None:
         """Returns the traces that a model may use from now on, if any."""
+        runtime_of(model).make_reports()
         try:
             fingerprint = Fingerprint(model)
             fingerprint.forget_model()
@@ -144,7 +145,7 @@ class TracePool:
             self.history.append(f"traced anew: {reason}")
             return None
         near = [s for s in self._storages if s.flaw is None]
-        why = f": {_difference(fingerprint, near[-1])}" if near else ""
+        why = f": {fingerprint.difference(near[-1].tokens)}" if near else ""
         self.history.append(f"traced{why}")
         storage = Storage(model, fingerprint)
         self._storages.append(storage)
@@ -192,10 +193,6 @@ class Tenancy:
 
     def is_user(self, model: Any) -> bool:
         return self._storage is not None and self._storage.user is model
-
-
-def _difference(fingerprint: Fingerprint, storage: Storage) -> str:
-    return fingerprint.difference(storage.tokens)
 
 
 def _flaw(function: Any, handles: set[int]) -> str | None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("Model", "Sequential")
+NAMES = ("Model", "Sequential", "Functional")
 _SWAP = "_conformance_swap"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 NAMES = ("stock", "naive", "tapefit")
 
 
@@ -18,11 +20,20 @@ def classes(swap: str) -> dict[type, type]:
         class NaiveSequential(keras.Sequential):
             pass
 
-        return {keras.Model: NaiveModel, keras.Sequential: NaiveSequential}
+        model, sequential = NaiveModel, NaiveSequential
+    else:
+        from keras_tapefit import TapeModel, TapeSequential
 
-    import keras_tapefit
+        model, sequential = TapeModel, TapeSequential
 
-    return {
-        keras.Model: keras_tapefit.TapeModel,
-        keras.Sequential: keras_tapefit.TapeSequential,
-    }
+    # Keras's functional class has no public name: it is what a call makes.
+    functional, new_functional = (_functional_class(cls) for cls in (keras.Model, model))
+    return {keras.Model: model, keras.Sequential: sequential, functional: new_functional}
+
+
+def _functional_class(model: Any) -> type:
+    import keras
+
+    # Named, because Keras counts the automatic names.
+    inputs = keras.Input((1,), name="inputs")
+    return type(model(inputs, inputs, name="model"))

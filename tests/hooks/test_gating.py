@@ -129,6 +129,16 @@ def test_the_first_bad_variable_is_named(two_layers, steps_per_execution):
         two_layers.fit(x, y, batch_size=4, verbose=0)
 
 
+def test_a_run_of_bad_steps_inside_one_execution_stops_it_too(two_layers):
+    two_layers.compile(
+        "sgd", "mse", gradient_hooks=[hooks.SkipNonFinite(max_consecutive=2)], steps_per_execution=4
+    )
+    x, y = RNG.normal(size=(16, 4)), RNG.normal(size=(16, 2))
+    y[4:12] = np.nan
+    with pytest.raises(FloatingPointError, match="of 2 steps in a row .* at step 1 "):
+        two_layers.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+
+
 def test_skip_non_finite_looks_at_its_targets_only(bench):
     run = bench(hooks.SkipNonFinite(targets="v0"), [(1,), (1,)])
     run([1.0], [np.nan])

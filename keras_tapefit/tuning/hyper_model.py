@@ -1,0 +1,125 @@
+"""Existing build functions with hooks to tune, and with traces that last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import keras_tuner
+
+from keras_tapefit.models import TapeModel
+from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.tuning.search_space import PARTS, gradient_hooks, gradient_method
+from keras_tapefit.tuning.traces import TracePool
+
+
+class TapeHyperModel(keras_tuner.HyperModel):
+    """A build function, with gradient hooks to tune and with traces kept for later trials.
+
+    For every tuner of KerasTuner. Tracing a model anew for each trial takes most of the
+    time of a search over small models. With `reuse`, a trial whose model differs from an
+    earlier one only in numbers that live in variables (initial weights and seeds, the
+    learning rate, thresholds of hooks) trains with what was traced for that one. Its
+    scores are bit for bit those without `reuse`; where equality of two models cannot be
+    shown, nothing is reused.
+
+    Args:
+        build: takes `hp` and returns a compiled model; or a `keras_tuner.HyperModel`. A
+            plain `keras.Model` is converted, as by `TapeModel.from_model`.
+        reuse: whether traces are kept; an integer: of how many kinds of models, 3 when
+            `True`. The model that each was first made for stays in memory with it.
+        parts: what to add to the search space of a model that has no hooks of its own;
+            see `gradient_hooks`, and `"sharpness"` for `gradient_method`. `()`: nothing.
+
+    Attributes:
+        history: for each time that a model began to be trained `"reused"`, or
+            `"traced"` with the reason.
+
+    Raises:
+        TypeError: when `build` can not be called.
+        ValueError: when `reuse` is negative, or a part is unknown.
+
+    Example:
+
+    ```python
+    hypermodel = tuning.TapeHyperModel(build, parts=("clipping", "gate"))
+    tuner = keras_tuner.RandomSearch(hypermodel, objective="val_loss", max_trials=12)
+    tuner.search(x, y, validation_split=0.2, epochs=3)
+    print(hypermodel.history)
+    ```
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Any], Any] | keras_tuner.HyperModel,
+        reuse: bool | int = True,
+        parts: Sequence[str] = ("clipping", "gate"),
+    ) -> None:
+        if not callable(build) and not isinstance(build, keras_tuner.HyperModel):
+            raise TypeError(
+                "`build` must be a function of `hp` or a `keras_tuner.HyperModel`. "
+                f"Received: build={build!r}."
+            )
+        if reuse < 0:
+            raise ValueError(f"`reuse` must not be negative. Received: reuse={reuse}.")
+        unknown = [part for part in parts if part not in (*PARTS, "sharpness")]
+        if unknown:
+            raise ValueError(
+                f"`parts` must be some of {(*PARTS, 'sharpness')}. Received: parts={parts!r}."
+            )
+        super().__init__()
+        self.inner = build if isinstance(build, keras_tuner.HyperModel) else None
+        self._function = build.build if self.inner is not None else build
+        self.reuse = reuse
+        self.parts = tuple(parts)
+        self._pool = TracePool(3 if reuse is True else int(reuse)) if reuse else None
+
+    @property
+    def history(self) -> list[str]:
+        """What became of each model that began to be trained."""
+        return [] if self._pool is None else list(self._pool.history)
+
+    def build(self, hp: Any) -> Any:
+        """Builds a model for a trial."""
+        model = self._function(hp)
+        if not isinstance(model, keras.Model):
+            return model
+        if not isinstance(model, TapeModel):
+            model = _converted(model)
+        if self.parts and not model.gradient_hooks:
+            self._add_hooks(hp, model)
+        if self._pool is not None:
+            self._pool.lend(model)
+        return model
+
+    def declare_hyperparameters(self, hp: Any) -> None:
+        if self.inner is not None:
+            self.inner.declare_hyperparameters(hp)
+
+    def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trains a model; a hook that stops the training fails the trial."""
+        fit = super().fit if self.inner is None else self.inner.fit
+        try:
+            return fit(hp, model, *args, **kwargs)
+        except FloatingPointError as error:
+            raise keras_tuner.errors.FailedTrialError(str(error)) from error
+
+    def release(self) -> None:
+        """Lets go of the kept traces and of the models in them."""
+        if self._pool is not None:
+            self._pool.clear()
+
+    def _add_hooks(self, hp: Any, model: Any) -> None:
+        parts = [part for part in self.parts if part != "sharpness"]
+        model.gradient_hooks.set(gradient_hooks(hp, model, parts))
+        if "sharpness" in self.parts:
+            runtime_of(model).backward = gradient_method(hp)
+
+
+def _converted(model: keras.Model) -> Any:
+    """Returns a model of ours with the layers, weights and arguments of `compile`."""
+    tape_model = TapeModel.from_model(model)
+    if model.compiled:
+        tape_model.compile_from_config(model.get_compile_config())
+    return tape_model

@@ -1,0 +1,54 @@
+"""Hooks and optimizer as one XLA program: `compile(jit_compile="update")`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.hooks import HookList
+from keras_tapefit.hooks.step import Report
+from keras_tapefit.update.update import Outcome, update
+
+
+def update_compiled(
+    gradients: Gradients,
+    optimizer: Any,
+    hooks: HookList,
+    scaled: bool,
+    loss: Any = None,
+    parts: Any = None,
+) -> Outcome:
+    """Does what `update` does, compiled by XLA.
+
+    An optimizer makes many passes over the weights, hooks some more; XLA makes few of
+    them. Forward and backward pass stay as they are. In eager mode and under strategies
+    it is `update`.
+
+    Args:
+        gradients, optimizer, hooks, scaled, loss, parts: see `update`.
+    """
+    if tf.executing_eagerly() or tf.distribute.has_strategy():
+        return update(gradients, optimizer, hooks, scaled, loss, parts)
+    variables = gradients.variables
+    present = [i for i, gradient in enumerate(gradients.values()) if gradient is not None]
+    made: list[Outcome] = []
+
+    def body(values: Any, loss: Any, parts: Any) -> Any:
+        padded: list[Any] = [None] * len(variables)
+        for position, value in zip(present, values, strict=True):
+            padded[position] = value
+        pairs = zip(padded, variables, strict=True)
+        outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts)
+        made.append(outcome)
+        return outcome.accepted, [report.value for report in outcome.reports]
+
+    compiled = tf.function(body, jit_compile=True, autograph=False)
+    accepted, values = compiled([gradients.values()[i] for i in present], loss, parts)
+    # Its tensors belong to the program; what comes out of it takes their place.
+    reports = [
+        Report(report.hook, report.name, value, report.reduction)
+        for report, value in zip(made[-1].reports, values, strict=True)
+    ]
+    return Outcome(accepted, reports)
