@@ -155,3 +155,24 @@ def test_linear_regression(run, tmp_path):
     assert image.shape[0] >= 300 and image.shape[1] >= 600
     # Points, lines and text: neither blank nor of one colour.
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+
+
+def test_gan(run, tmp_path):
+    from matplotlib.image import imread
+
+    _, lines = run("gan", "--epochs", "30", "--output-dir", str(tmp_path))
+
+    epochs = matches(rf"^epoch +\d+  critic_loss +{NUMBER}  .*generator_loss +{NUMBER}", lines)
+    assert len(epochs) >= 10
+    assert all(np.isfinite(float(epoch[i])) for epoch in epochs for i in (1, 2))
+    assert (tmp_path / "gan.keras").exists()
+    # The generated images have their ink where the digits have it.
+    digits, generated = (
+        np.array([float(n) for n in line.split(": ")[1].split()])
+        for line in lines
+        if "mean ink" in line
+    )
+    assert np.abs(digits - generated).max() < 0.15
+    image = imread(tmp_path / "gan.png")
+    assert image.shape[0] >= 300 and image.shape[1] >= 600
+    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50

@@ -44,7 +44,8 @@ class PerExampleClipping(GradientMethod):
     where `micro_batches` cannot. One more forward pass, on the whole batch, is what
     outputs, metrics, logs and random seeds come from. Examples must not influence each
     other: BatchNormalization that trains, `MixUp`, `CutMix` and stateful recurrent
-    layers are refused, and layers of one's own that do so must be left out. With
+    layers are refused, and layers of one's own that do so must be left out. Recurrent
+    layers must be made with `unroll=True`. With
     `gradient_accumulation_steps` every step is a lot of its own, with noise of its own.
     With a dynamic loss scale, an overflow in any example skips the step.
 
@@ -104,7 +105,7 @@ class PerExampleClipping(GradientMethod):
         self._drawn = random.SystemRandom().getrandbits(62) if seed is None else seed
 
     def compute(self, objective: Objective, batch: Batch) -> tuple[Gradients, Any]:
-        _refuse_mixing(objective.layers())
+        _refuse(objective.layers())
         state = objective.state()
         _, outputs = objective.loss(batch)
         variables = objective.variables()
@@ -227,7 +228,7 @@ def _with_values(batch: Batch, values: list[tf.Tensor]) -> Any:
     return keras.tree.map_structure(lambda v: None if v is None else next(left), batch)
 
 
-def _refuse_mixing(layers: list[Any]) -> None:
+def _refuse(layers: list[Any]) -> None:
     for layer in layers:
         mixing = isinstance(layer, _MIXING) and layer.trainable
         if mixing or (isinstance(layer, keras.layers.RNN) and layer.stateful):
@@ -236,4 +237,10 @@ def _refuse_mixing(layers: list[Any]) -> None:
                 f"and the layer {layer.name!r} ({type(layer).__name__}) mixes them. Use "
                 "LayerNormalization or GroupNormalization in place of "
                 "BatchNormalization, or freeze the layer."
+            )
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            raise ValueError(
+                "TensorFlow cannot vectorise the gradient of a loop over time steps, as "
+                f"the layer {layer.name!r} ({type(layer).__name__}) has it. Make it with "
+                "`unroll=True`."
             )

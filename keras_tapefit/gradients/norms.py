@@ -38,6 +38,32 @@ def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.cond(safe, lambda: tf.sqrt(squares), scaled)
 
 
+def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns `sqrt(Σ x²)` of each tensor, as safe against overflow as `joint_norm`.
+
+    Args:
+        values: floating-point tensors of any shapes.
+
+    Returns:
+        A vector: float32, or float64 when any of the values is.
+    """
+    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    if not values:
+        return tf.zeros(0, dtype)
+    values = [tf.cast(value, dtype) for value in values]
+    low, high, power = _RANGES[dtype]
+    squares = tf.stack([_sum_of_squares([value]) for value in values])
+
+    def scaled() -> tf.Tensor:
+        factors = tf.where(squares < 1.0, tf.constant(power, dtype), 1.0 / power)
+        again = [_sum_of_squares([v * f]) for v, f in zip(values, tf.unstack(factors), strict=True)]
+        safe = (squares > low) & (squares < high)
+        return tf.where(safe, tf.sqrt(squares), tf.sqrt(tf.stack(again)) / factors)
+
+    is_safe = tf.reduce_all((squares > low) & (squares < high))
+    return tf.cond(is_safe, lambda: tf.sqrt(squares), scaled)
+
+
 # The sums of squares that lost nothing, and a factor that brings all others there.
 _RANGES = {tf.float32: (1e-30, 1e38, 2.0**96), tf.float64: (1e-280, 1e300, 2.0**560)}
 

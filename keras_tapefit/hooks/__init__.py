@@ -18,6 +18,7 @@ from keras_tapefit.hooks.learning_rates import LearningRateMultiplier as Learnin
 from keras_tapefit.hooks.learning_rates import learning_rates_by_depth as learning_rates_by_depth
 from keras_tapefit.hooks.monitoring import GradientMonitor as GradientMonitor
 from keras_tapefit.hooks.monitoring import UpdateMonitor as UpdateMonitor
+from keras_tapefit.hooks.noise_scale import NoiseScale as NoiseScale
 from keras_tapefit.hooks.number import Number as Number
 from keras_tapefit.hooks.order import order_findings as order_findings
 from keras_tapefit.hooks.shaping import Centralization as Centralization

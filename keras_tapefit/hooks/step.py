@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -30,6 +30,25 @@ class Report:
     weight: Any = 1.0
 
 
+class Parts(NamedTuple):
+    """How large the true gradients of the parts of the global batch are, and the whole.
+
+    The mean of the gradients of `n` examples has `1/n` of the variance of one. For parts
+    of unequal size `inverse` is the mean of their `1/n`, by what each part counts for.
+
+    Attributes:
+        square_norm: mean over the parts.
+        inverse: `1/n` of a part.
+        whole_square_norm: of the whole.
+        whole_inverse: `1/n` of the whole.
+    """
+
+    square_norm: tf.Tensor
+    inverse: tf.Tensor
+    whole_square_norm: tf.Tensor
+    whole_inverse: tf.Tensor
+
+
 @dataclass
 class Step:
     """What the hooks of one update read and leave behind.
@@ -37,8 +56,8 @@ class Step:
     Attributes:
         index: scalar int64, the number of updates the optimizer has made.
         loss: scalar float32, the loss of the global batch, where a hook asks for it.
-        parts: the mean square norm of the gradients of the parts of the global batch,
-            scalar float32, and how many parts there are; where a hook asks for it.
+        parts: how large the gradients of the parts of the global batch are; where a
+            hook asks for it and there are any.
         reports: the scalars reported, in order.
         rejections: scalar bools; any that is true skips the update.
         hook: the hook that is being applied.
@@ -46,7 +65,7 @@ class Step:
 
     index: tf.Tensor
     loss: tf.Tensor | None = None
-    parts: tuple[tf.Tensor, int] | None = None
+    parts: Parts | None = None
     reports: list[Report] = field(default_factory=list)
     rejections: list[tf.Tensor] = field(default_factory=list)
     hook: Any = None

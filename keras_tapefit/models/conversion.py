@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_tapefit.models import building
 from keras_tapefit.models.functional import Functional
 from keras_tapefit.models.keras_models import KerasFunctional
 from keras_tapefit.models.model import TapeModel
@@ -48,7 +49,7 @@ class ModelWrapper(TapeModel):
 
     def build(self, input_shape: Any) -> None:
         if not self.inner_model.built:
-            self.inner_model.build(input_shape)
+            building.build(self.inner_model, {"input_shape": input_shape})
 
     def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Any:
         takes_training = self.inner_model._call_has_training_arg

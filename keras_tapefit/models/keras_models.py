@@ -2,7 +2,7 @@
 
 Private names used here: `keras.src.models.functional.Functional`,
 `keras.src.models.cloning._clone_sequential_model`, `keras.src.utils.naming.auto_name`,
-`Sequential._layers`. Checked with Keras 3.15.1; `tests/models/test_private_names.py`
+`Sequential._layers`, `Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/models/test_private_names.py`
 fails when they change.
 """
 
@@ -10,11 +10,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras.src.models import cloning
 from keras.src.models.functional import Functional as KerasFunctional
 from keras.src.utils.naming import auto_name as auto_name
 
-__all__ = ["KerasFunctional", "auto_name", "keep_class_when_cloned"]
+__all__ = [
+    "KerasFunctional",
+    "auto_name",
+    "is_assembly",
+    "keep_class_when_cloned",
+    "parts_are_built",
+]
+
+
+def is_assembly(model: Any) -> bool:
+    """Whether a model is nothing but its parts, and these are built: a GAN, say.
+
+    Its step calls the parts, never the model itself, which so is never built.
+    """
+    return type(model).call is keras.Model.call and parts_are_built(model)
+
+
+def parts_are_built(model: Any) -> bool:
+    """Whether all layers of a model are built that does not build any itself."""
+    if type(model).build is not keras.Model.build:
+        return False
+    parts = list(model._flatten_layers(include_self=False))
+    return bool(parts) and all(part.built for part in parts)
 
 
 def keep_class_when_cloned(cls: Any) -> None:

@@ -3,6 +3,7 @@
 Private names used here: `Model._compute_loss`, `_loss_tracker`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
+`TFEpochIterator._distributed_dataset`,
 `keras.src.backend.tensorflow.trainer.reduce_per_replica`, `_compile_loss`, `CompileLoss._flat_losses`, `_aggregate_additional_loss`,
 `keras.src.losses.loss.unscale_loss_for_distribution` and
 `scale_loss_for_distribution`, and of
@@ -204,11 +205,42 @@ def reduced_logs(model: Any, logs: Any) -> Any:
 
 
 def strategy_of(model: Any) -> Any:
-    """Returns the strategy in whose scope the model was made, or `None`."""
-    return model._distribute_strategy
+    """Returns the strategy that the model is trained with, or `None`.
+
+    That in whose scope it was made; else, as Keras has it, that of the caller's scope.
+    """
+    strategy = model._distribute_strategy
+    if strategy is None and tf.distribute.has_strategy():
+        return tf.distribute.get_strategy()
+    return strategy
 
 
 def symbolic_build(model: Any, data_batch: Any) -> None:
     """Makes the model's weights for a batch of this shape, in its strategy's scope."""
     with model.distribute_strategy.scope():
         model._symbolic_build(data_batch=data_batch)
+
+
+def build_from_spec(model: Any, epoch_iterator: Any) -> None:
+    """Makes the state of a model, its losses and metrics, but not of its optimizer.
+
+    Keras leaves that to the first step. No batch is taken for it: shuffling goes on as it
+    would have.
+
+    Args:
+        model: the model.
+        epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`.
+    """
+    spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    optimizer = model.optimizer
+    if spec is None or optimizer is None or strategy_of(model) is not None:
+        return
+    was_built = optimizer.built
+    optimizer.built = True
+    try:
+        model._symbolic_build(data_batch=spec)
+    except Exception:
+        # The first step builds what is left, or shows what is wrong.
+        return
+    finally:
+        optimizer.built = was_built

@@ -7,8 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.models import bare_variables
+from keras_tapefit.models import bare_variables, building
 from keras_tapefit.models.trainer import TapeTrainer
+from keras_tapefit.update import loaded_optimizers
 
 
 class TapeModel(TapeTrainer, keras.Model):
@@ -35,8 +36,9 @@ class TapeModel(TapeTrainer, keras.Model):
 
     # Keras's `from_config` looks for these two names in the signatures.
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if is_functional_call(args, kwargs) and not issubclass(cls, _functional_class()):
-            cls = _functional_class() if cls is TapeModel else functional_variant(cls)  # type: ignore[arg-type]
+        # Not for subclasses: two arguments of theirs need not be inputs and outputs.
+        if cls is TapeModel and is_functional_call(args, kwargs):
+            cls = _functional_class()
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,14 +47,22 @@ class TapeModel(TapeTrainer, keras.Model):
             return
         functional = _functional_class()
         if not isinstance(self, functional):
-            # A subclass that builds its graph in its `__init__`.
+            # A subclass, of whose `__init__` it is known only now what it passes on.
             self.__class__ = functional_variant(type(self))  # type: ignore[arg-type]
         functional.__init__(self, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # By the method of a class that pickle finds: a stand-in of `functional_variant`
+        # has the name of another.
+        _, arguments = super().__reduce__()
+        return TapeModel._unpickle_model, arguments
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         for path, variable in bare_variables.find(name, value):
             self._adopt(path, variable)
+        if name != "optimizer":
+            loaded_optimizers.watch(value)
 
     def _adopt(self, name: str, variable: Any) -> None:
         tracked = [*self._trainable_variables, *self._non_trainable_variables]
@@ -60,6 +70,19 @@ class TapeModel(TapeTrainer, keras.Model):
             return
         with keras.name_scope(self.name, caller=self):
             self._track_variable(bare_variables.AdoptedVariable(variable, name))
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """Returns how the model was built; where it never was called, how its parts were."""
+        config = super().get_build_config()
+        return building.parts_config(self) if config is None and self.built else config
+
+    def build_from_config(self, config: dict[str, Any] | None) -> None:
+        """Builds the model as `get_build_config` says."""
+        if config and "parts" in config:
+            building.build_parts(self, config["parts"])
+        else:
+            super().build_from_config(config)
+        building.complete(self)
 
     @classmethod
     def from_model(cls, model: keras.Model) -> Any:

@@ -180,7 +180,7 @@ def _kept(variables: Sequence[Any]) -> Iterator[None]:
 
 
 def _for_example(variable: Any, value: Any, example: Any) -> Any:
-    if example is None or variable.name != "seed_generator_state":
+    if example is None or not trainable.is_seed(variable):
         return value
     # The second number counts the draws: far beyond what it will ever get to.
     apart = tf.stack([tf.zeros((), tf.int64), (tf.cast(example, tf.int64) + 1) * 2**32])

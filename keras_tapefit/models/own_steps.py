@@ -7,6 +7,7 @@ metrics itself. Here what it returns becomes means over the epoch's examples.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,16 +17,20 @@ from keras_tapefit.hooks.step import Report
 from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, open_scope
-from keras_tapefit.update import replicas
+from keras_tapefit.update import optimizers, replicas
 
 
 @contextlib.contextmanager
 def listening(runtime: Runtime) -> Iterator[None]:
-    """Has the metrics of a model tell the step that is open what is done with them."""
+    """Has metrics and optimizer of a model tell the open step what is done with them."""
     tracker = keras_trainer.loss_tracker(runtime.model)
     methods = [(metric, "result", _note_result) for metric in runtime.model.metrics]
     if tracker is not None:
         methods.append((tracker, "update_state", _note_tracked))
+    optimizer = getattr(runtime.model, "optimizer", None)
+    if optimizers.has_loss_scale(optimizer):
+        methods.append((optimizer, "scale_loss", _note_scaled))
+        methods.append((optimizer, "apply", _note_applied))
     patched = [m for m in methods if m[1] not in m[0].__dict__]
     for metric, name, note in patched:
         # Past Keras's attribute tracking.
@@ -53,7 +58,7 @@ def complete_logs(scope: StepScope, logs: Any, data: Any) -> Any:
         return logs
     tracker = keras_trainer.loss_tracker(model)
     is_tracked = any(metric is tracker for metric in model.metrics)
-    weight = _batch_size(data)
+    weight = batch_size(data)
     if "loss" in logs and is_tracked and not scope.tracked_loss:
         # The tracker's own result, without an update, is what `compute_metrics` gives.
         loss = scope.loss if _is_result(scope, logs["loss"]) else logs["loss"]
@@ -75,6 +80,22 @@ def complete_logs(scope: StepScope, logs: Any, data: Any) -> Any:
     return logs
 
 
+def warn_of_scale(scope: StepScope) -> None:
+    """Says where a step took gradients of a loss that it did not scale."""
+    if not scope.applied or scope.scaled_loss or scope.updated:
+        return
+    model = scope.runtime.model
+    kind = type(model.optimizer).__name__
+    warnings.warn(
+        f"The `train_step` of {type(model).__name__} never scales the loss, but its "
+        f"optimizer, a {kind}, divides the gradients by the loss scale, so training is as "
+        "good as standing still. Take the gradients of "
+        "`self.optimizer.scale_loss(loss)`, or compute the loss inside "
+        "`with self.gradient_tape() as tape:` and call `tape.minimize(loss)`.",
+        stacklevel=2,
+    )
+
+
 def _told(runtime: Runtime, method: Any, note: Any) -> Any:
     def telling(*args: Any, **kwargs: Any) -> Any:
         value = method(*args, **kwargs)
@@ -88,6 +109,14 @@ def _told(runtime: Runtime, method: Any, note: Any) -> Any:
 
 def _note_result(scope: StepScope, value: Any) -> None:
     scope.results.append(value)
+
+
+def _note_scaled(scope: StepScope, value: Any) -> None:
+    scope.scaled_loss = True
+
+
+def _note_applied(scope: StepScope, value: Any) -> None:
+    scope.applied = True
 
 
 def _note_tracked(scope: StepScope, value: Any) -> None:
@@ -104,6 +133,7 @@ def _is_scalar(value: Any) -> bool:
     return tf.is_tensor(value) and value.shape.rank == 0 and value.dtype != tf.string
 
 
-def _batch_size(data: Any) -> Any:
+def batch_size(data: Any) -> Any:
+    """Returns the number of examples in a batch; 1 where it has no arrays of examples."""
     first = keras_trainer.first_array(data)
     return 1 if first is None or first.shape.rank == 0 else tf.shape(first)[0]

@@ -14,6 +14,7 @@ from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.models import keras_trainer
+from keras_tapefit.models.recording import Recording
 from keras_tapefit.models.saved_state import SavedState
 from keras_tapefit.models.shared import SharedTraces, TracedFunction
 from keras_tapefit.update import optimizers, trainable
@@ -21,6 +22,7 @@ from keras_tapefit.update.accumulation import Accumulation
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.compiled import update_compiled
 from keras_tapefit.update.update import Outcome, may_reject, update
+from keras_tapefit.update.watch import Watch
 
 
 class Runtime:
@@ -37,7 +39,8 @@ class Runtime:
         self.micro_batches = 1
         self.jit_compile: Any = "auto"
         self.epoch = 0
-        self.state = SavedState(self.hooks)
+        self.recording = Recording()
+        self.state = SavedState(self.hooks, self.recording, lambda: trainable.seeds(model))
         self.scheduled: set[int] = set()
         self._followed: set[Any] = set()
         self.steps = 0
@@ -85,6 +88,8 @@ class Runtime:
                 self.state.restore_pending()
                 if self._reports is None:
                     self._reports = Reports(128 + 4 * len(variables))
+            if self.recording.prepare(variables, self.model.steps_per_execution):
+                self.state.restore_pending()
         if own:
             # Not lifted out of a trace: an optimizer may read the weights, which have
             # no values yet where that trace is what makes them.
@@ -194,6 +199,7 @@ class Runtime:
         scaled: bool,
         loss: Any = None,
         parts: Any = None,
+        watch: Watch | None = None,
     ) -> Outcome:
         """Takes gradients to the weights, through the hooks."""
         if optimizer is getattr(self.model, "optimizer", None):
@@ -201,7 +207,7 @@ class Runtime:
         else:
             self.prepare()
         make = update_compiled if self.jit_compile == "update" else update
-        return make(gradients, optimizer, self.hooks, scaled, loss, parts)
+        return make(gradients, optimizer, self.hooks, scaled, loss, parts, watch)
 
     def follow_schedules(self) -> None:
         """Freezes and unfreezes what hooks say for this epoch and step."""

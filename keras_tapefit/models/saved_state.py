@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_tapefit.hooks import HookList
+from keras_tapefit.models.recording import Recording
 
 
 class SavedState(keras.Operation):
@@ -19,11 +21,20 @@ class SavedState(keras.Operation):
 
     Args:
         hooks: the model's hooks.
+        recording: the model's records, of which the number of steps is saved.
+        seeds: gives the state of the model's random numbers, which Keras leaves out.
     """
 
-    def __init__(self, hooks: HookList) -> None:
+    def __init__(
+        self,
+        hooks: HookList,
+        recording: Recording,
+        seeds: Callable[[], Sequence[keras.Variable]],
+    ) -> None:
         super().__init__(name="tapefit_state")
         self._hooks = hooks
+        self._recording = recording
+        self._seeds = seeds
         self._pending: dict[str, np.ndarray] = {}
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +67,13 @@ class SavedState(keras.Operation):
                 variable.assign(value)
 
     def _entries(self) -> dict[str, keras.Variable]:
-        return {
+        entries = {
             f"{hook.name}.{i}.{variable.name}": variable
             for hook in self._hooks
             for i, variable in enumerate(hook.variables)
         }
+        if self._recording.counter is not None:
+            entries["recorded_steps"] = self._recording.counter
+        for i, seed in enumerate(self._seeds()):
+            entries[f"seed.{i}"] = seed
+        return entries

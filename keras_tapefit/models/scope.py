@@ -12,8 +12,10 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Report
 from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.update.records import StepRecord
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, accumulate
+from keras_tapefit.update.watch import Watch
 
 
 class StepScope:
@@ -30,6 +32,9 @@ class StepScope:
         # tracker, and what it read from metrics.
         self.used_tape = False
         self.tracked_loss = False
+        # Whether it scales the loss, and calls the optimizer by itself.
+        self.scaled_loss = False
+        self.applied = False
         self.results: list[Any] = []
         self.report_names: list[str] = []
         self._rollback = runtime.rollback()
@@ -38,10 +43,17 @@ class StepScope:
         self.parts: tuple[tf.Tensor, tf.Tensor] | None = None
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
+        records = runtime.recording.records
+        self._record = None if records is None else StepRecord(records)
 
     def update(self, gradients: Gradients, optimizer: Any, scaled: bool) -> None:
         """Takes gradients to the weights and remembers the outcome."""
-        outcome = self._outcome(gradients, optimizer, scaled)
+        runtime, record, watch = self.runtime, self._record, None
+        if record is not None:
+            watch = record.begin_update(optimizer, runtime.window_of(optimizer) is not None)
+        outcome = self._outcome(gradients, optimizer, scaled, watch)
+        if record is not None and outcome.seen is not None:
+            record.end_update(gradients.variables, outcome.seen)
         self.updated = True
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
@@ -50,16 +62,22 @@ class StepScope:
                 outcome.accepted if before is None else before & outcome.accepted
             )
 
-    def _outcome(self, gradients: Gradients, optimizer: Any, scaled: bool) -> Outcome:
+    def _outcome(
+        self, gradients: Gradients, optimizer: Any, scaled: bool, watch: Watch | None
+    ) -> Outcome:
         runtime = self.runtime
         window = runtime.window_of(optimizer)
         if window is None:
-            return runtime.update(gradients, optimizer, scaled, self.loss, self.parts)
+            parts = self.parts
+            if parts is None and self.weight is not None and runtime.hooks.uses_parts:
+                norm = tf.cast(gradients.global_norm(), tf.float32)
+                parts = tf.reshape(norm, [1]), tf.reshape(self.weight, [1])
+            return runtime.update(gradients, optimizer, scaled, self.loss, parts, watch)
         weight = tf.constant(1.0) if self.weight is None else self.weight
         runtime.prepare(optimizer)
         window.missing = [g is None for g in gradients.values()]
         return accumulate(
-            gradients, optimizer, runtime.hooks, scaled, window, weight, self.settle
+            gradients, optimizer, runtime.hooks, scaled, window, weight, self.settle, watch
         )
 
     def settle(self, make_update: Callable[[], Outcome]) -> None:
@@ -69,6 +87,8 @@ class StepScope:
         outcome = make_update()
         if rollback is not None and outcome.accepted is not None:
             rollback.restore_unless(outcome.accepted)
+        if self._record is not None:
+            self._record.close_window(self.runtime.model.trainable_variables, outcome.seen)
         self._report(outcome.reports, outcome.accepted)
 
     def _report(self, reports: list[Report], accepted: tf.Tensor | None) -> None:
@@ -108,6 +128,8 @@ class StepScope:
                 logs = {k: tracked.get(k, v) for k, v in logs.items()}
         if self.updated:
             self._report(self._reports, accepted)
+            if self._record is not None:
+                self._record.write(self.loss)
         return logs
 
 

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.models import keras_trainer
+from keras_tapefit.update import optimizers
 
 
 def has_workers(model: Any) -> bool:
@@ -20,6 +21,32 @@ def has_workers(model: Any) -> bool:
     strategy = keras_trainer.strategy_of(model)
     kind = tf.distribute.MultiWorkerMirroredStrategy
     return isinstance(strategy, kind)
+
+
+def check_scope(model: Any, with_model: bool = True) -> None:
+    """Refuses a model or an optimizer that was not made in the scope it is trained in.
+
+    Args:
+        model: the model.
+        with_model: whether to look at its own variables too.
+
+    Raises:
+        ValueError: where a variable was made outside the scope.
+    """
+    strategy = model.distribute_strategy
+    optimizer = getattr(model, "optimizer", None)
+    found = [("optimizer", leaf.iterations) for leaf in optimizers.leaves(optimizer)]
+    if with_model:
+        found = [*(("model", v) for v in model.variables), *found]
+    for what, variable in found:
+        if strategy.extended.variable_created_in_scope(variable.value):
+            continue
+        raise ValueError(
+            f"The {what} was not made in the scope of the strategy that it is trained "
+            f"with, {type(strategy).__name__}: its variable {variable.path!r} was made "
+            "outside. Make the model inside `with strategy.scope():`, the optimizer too, "
+            "or pass the optimizer by name; `fit` may be called outside."
+        )
 
 
 def needs_own_function(model: Any) -> bool:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, open_scope
-from keras_tapefit.update import optimizers
+from keras_tapefit.update import loaded_optimizers, optimizers
 
 
 class StepTape(tf.GradientTape):
@@ -91,4 +91,6 @@ def prepare_optimizer(runtime: Runtime, optimizer: Any, variables: Sequence[Any]
         candidates = runtime.candidates()
         known = {id(v) for v in candidates}
         variables = candidates + [v for v in variables if id(v) not in known]
-    optimizers.build(optimizer, variables)
+    if not optimizer.built:
+        optimizers.build(optimizer, variables)
+        loaded_optimizers.restore(optimizer)

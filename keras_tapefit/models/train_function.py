@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
+
 from keras_tapefit.hooks import order_findings
-from keras_tapefit.models import own_steps, strategies
+from keras_tapefit.models import keras_models, own_steps, strategies
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, step_scope
 from keras_tapefit.models.shared import StaleTrace, TracedFunction, check_user, place
@@ -36,6 +38,7 @@ class TrainFunction(TracedFunction):
         self._flags: Flags | None = None
         self._current: Any = None
         self._told: set[str] = set()
+        self._prepared: Any = None
 
     def refresh(self) -> None:
         """Looks up the model's layers again, for the case that some were added."""
@@ -43,8 +46,7 @@ class TrainFunction(TracedFunction):
 
     def __call__(self, iterator: Any) -> Any:
         runtime = self._runtime
-        if self._model.built:
-            runtime.prepare(self._model.optimizer)
+        self._prepare()
         runtime.follow_schedules()
         key = self._key()
         if key != self._current:
@@ -80,6 +82,18 @@ class TrainFunction(TracedFunction):
         self._traces.clear()
         self._current = None
 
+    def _prepare(self) -> None:
+        """Makes the state that is missing; looks at the layers only where they may be new."""
+        if not self._model.built:
+            return
+        optimizer = self._model.optimizer
+        built = optimizer is None or optimizer.built
+        found = (id(optimizer), built, self._runtime.hooks.structure())
+        if self._flags is None or found != self._prepared:
+            self._runtime.prepare(optimizer)
+            built = optimizer is None or optimizer.built
+            self._prepared = (found[0], built, found[2])
+
     def _listening(self) -> Any:
         if not self._own_step:
             return contextlib.nullcontext()
@@ -99,12 +113,16 @@ class TrainFunction(TracedFunction):
     def _key(self) -> Any:
         if self._flags is None:
             self._flags = Flags(self._model)
-        return self._flags.read(), self._runtime.hooks.structure()
+        structure: Any = self._runtime.hooks.structure()
+        records = self._runtime.recording.structure()
+        return self._flags.read(), structure if records is None else (structure, records)
 
     def _settle(self, key: Any) -> None:
         """Remembers a trace under the flags of a model that its first call completed."""
         if key != self._current:
             self._flags = None
+            if not self._model.built and keras_models.parts_are_built(self._model):
+                self._model.built = True
             settled = self._key()
             if key in self._traces:
                 self._traces.setdefault(settled, self._traces[key])
@@ -119,10 +137,13 @@ class TrainFunction(TracedFunction):
         def step(data: Any) -> Any:
             check_user(self._runtime.shared, self._model, is_shared)
             with step_scope(self._runtime) as scope:
+                if self._own_step:
+                    scope.weight = tf.cast(own_steps.batch_size(data), tf.float32)
                 logs = self._model.train_step(data)
                 logs = scope.finish(own_steps.complete_logs(scope, logs, data))
             names[:] = scope.all_report_names()
             _warn_if_passed_over(self._runtime, scope)
+            own_steps.warn_of_scale(scope)
             if not isinstance(logs, dict) or not names:
                 return logs
             return {**logs, **self._runtime.reports.results(names)}

@@ -15,7 +15,7 @@ from keras_tapefit.backward.base import check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
-from keras_tapefit.models import compile_arguments, keras_trainer, strategies
+from keras_tapefit.models import compile_arguments, keras_models, keras_trainer, strategies
 from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
@@ -110,17 +110,20 @@ class TapeTrainer:
         new_hooks = None if gradient_hooks is None else check_hooks(gradient_hooks)
         new_backward = None if backward is None else check_backward(backward)
         compile_arguments.check(self, jit_compile, micro_batches)
-        super().compile(
-            optimizer=optimizer,
-            loss=loss,
-            loss_weights=loss_weights,
-            metrics=metrics,
-            weighted_metrics=weighted_metrics,
-            run_eagerly=run_eagerly,
-            steps_per_execution=steps_per_execution,
-            jit_compile=compile_arguments.keras_jit_compile(self, jit_compile, run_eagerly),
-            auto_scale_loss=auto_scale_loss,
-        )
+        # An optimizer given by name is made here, and belongs to the strategy.
+        with self.distribute_strategy.scope():
+            super().compile(
+                optimizer=optimizer,
+                loss=loss,
+                loss_weights=loss_weights,
+                metrics=metrics,
+                weighted_metrics=weighted_metrics,
+                run_eagerly=run_eagerly,
+                steps_per_execution=steps_per_execution,
+                jit_compile=compile_arguments.keras_jit_compile(self, jit_compile, run_eagerly),
+                auto_scale_loss=auto_scale_loss,
+            )
+        strategies.check_scope(self, with_model=False)
         runtime = runtime_of(self)
         runtime.micro_batches = micro_batches
         runtime.jit_compile = jit_compile
@@ -128,6 +131,10 @@ class TapeTrainer:
             runtime.hooks.set(new_hooks)
         if new_backward is not None:
             runtime.backward = new_backward
+        if keras_models.is_assembly(self):
+            # Keras saves and loads nothing that is not built.
+            self.built = True
+            runtime.prepare(self.optimizer)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns what `compile` was called with, the hooks as they are now."""
@@ -175,6 +182,11 @@ class TapeTrainer:
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        if runtime_of(self).shared is not None and iterator is not None:
+            own_step = getattr(self.train_step, "__func__", None) is not TapeTrainer.train_step
+            if not own_step:
+                # Before the first trace, which may be another model's.
+                keras_trainer.build_from_spec(self, iterator)
         if iterator is None or not strategies.has_workers(self):
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
             return
@@ -182,6 +194,7 @@ class TapeTrainer:
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
+        strategies.check_scope(self)
         bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
         bound.arguments["callbacks"] = _with_clock(
             bound.arguments.get("callbacks"), runtime_of(self)
@@ -385,7 +398,8 @@ def _update(
 ) -> None:
     opened = open_scope(runtime)
     scope = opened or StepScope(runtime)
-    if weigh is not None and runtime.window_of(optimizer) is not None:
+    weighed = runtime.window_of(optimizer) is not None or runtime.hooks.uses_parts
+    if weigh is not None and weighed:
         scope.weight = weigh()
     scope.update(gradients, optimizer, scaled)
     if opened is None:

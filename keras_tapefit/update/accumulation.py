@@ -85,6 +85,11 @@ class Accumulation:
             ]
         )
 
+    def as_part(self, mean: Gradients) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns norm and weight of this replica's share of the window, each `[1]`."""
+        norm = tf.cast(mean.global_norm(), tf.float32)
+        return tf.reshape(norm, [1]), tf.reshape(self._weight.value, [1])
+
     def clear(self) -> None:
         """Begins a new window."""
         for variable in self.variables:

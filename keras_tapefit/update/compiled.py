@@ -10,6 +10,7 @@ from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import Report
 from keras_tapefit.update.update import Outcome, update
+from keras_tapefit.update.watch import Watch
 
 
 def update_compiled(
@@ -19,6 +20,7 @@ def update_compiled(
     scaled: bool,
     loss: Any = None,
     parts: Any = None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Does what `update` does, compiled by XLA.
 
@@ -27,10 +29,10 @@ def update_compiled(
     it is `update`.
 
     Args:
-        gradients, optimizer, hooks, scaled, loss, parts: see `update`.
+        gradients, optimizer, hooks, scaled, loss, parts, watch: see `update`.
     """
     if tf.executing_eagerly() or tf.distribute.has_strategy():
-        return update(gradients, optimizer, hooks, scaled, loss, parts)
+        return update(gradients, optimizer, hooks, scaled, loss, parts, watch)
     variables = gradients.variables
     present = [i for i, gradient in enumerate(gradients.values()) if gradient is not None]
     made: list[Outcome] = []
@@ -40,15 +42,15 @@ def update_compiled(
         for position, value in zip(present, values, strict=True):
             padded[position] = value
         pairs = zip(padded, variables, strict=True)
-        outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts)
+        outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts, watch)
         made.append(outcome)
-        return outcome.accepted, [report.value for report in outcome.reports]
+        return outcome.accepted, [report.value for report in outcome.reports], outcome.seen
 
     compiled = tf.function(body, jit_compile=True, autograph=False)
-    accepted, values = compiled([gradients.values()[i] for i in present], loss, parts)
+    accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, parts)
     # Its tensors belong to the program; what comes out of it takes their place.
     reports = [
         Report(report.hook, report.name, value, report.reduction)
         for report, value in zip(made[-1].reports, values, strict=True)
     ]
-    return Outcome(accepted, reports)
+    return Outcome(accepted, reports, seen)

@@ -59,7 +59,7 @@ class _Index(int):
 
     __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse  # type: ignore[assignment]
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = _refuse  # type: ignore[assignment]
-    __bool__ = __str__ = __repr__ = __float__ = __format__ = _refuse  # type: ignore[assignment]
+    __bool__ = __int__ = __str__ = __repr__ = __float__ = __format__ = _refuse  # type: ignore[assignment]
     __truediv__ = __floordiv__ = __pow__ = __neg__ = __and__ = __or__ = _refuse  # type: ignore[assignment]
 
 

@@ -81,9 +81,20 @@ def loss_scale(optimizer: Any) -> Any:
     return getattr(optimizer, "loss_scale_factor", None)
 
 
+def learning_rate(optimizer: Any) -> tf.Tensor:
+    """Returns the learning rate of this step, a scalar float32; of several the first."""
+    rate = next(leaves(optimizer)).learning_rate
+    return tf.cast(tf.convert_to_tensor(rate), tf.float32)
+
+
 def is_dynamic(optimizer: Any) -> bool:
     """Whether the optimizer skips steps and adapts its loss scale."""
     return isinstance(optimizer, LossScaleOptimizer)
+
+
+def has_loss_scale(optimizer: Any) -> bool:
+    """Whether the optimizer divides gradients by what it multiplies the loss by."""
+    return is_dynamic(optimizer) or getattr(optimizer, "loss_scale_factor", None) is not None
 
 
 def take_over_accumulation(optimizer: Any) -> int:

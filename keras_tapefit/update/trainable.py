@@ -35,6 +35,16 @@ def owners(model: Any) -> dict[int, int]:
     return found
 
 
+def is_seed(variable: Any) -> bool:
+    """Whether a variable is the state of a `keras.random.SeedGenerator`."""
+    return variable.name == "seed_generator_state"
+
+
+def seeds(model: Any) -> list[Any]:
+    """Returns the state of the random numbers that a model's layers draw."""
+    return [v for v in model.variables if is_seed(v)]
+
+
 def recurrent_states(model: Any) -> list[Any]:
     """Returns what stateful recurrent layers carry on, which Keras does not track."""
     carrying = [v for v in layers_of(model) if isinstance(v, keras.layers.RNN) and v.stateful]

@@ -11,9 +11,10 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks import HookList
-from keras_tapefit.hooks.step import Report, Step
+from keras_tapefit.hooks.step import Parts, Report, Step
 from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.accumulation import Accumulation
+from keras_tapefit.update.watch import Seen, Watch
 
 
 @dataclass
@@ -23,10 +24,12 @@ class Outcome:
     Attributes:
         accepted: scalar bool, whether the step was applied; `None`: always.
         reports: what the hooks reported.
+        seen: what a record of the step needs, where one is asked for.
     """
 
     accepted: tf.Tensor | None
     reports: list[Report]
+    seen: Seen | None = None
 
 
 Settle = Callable[[Callable[[], Outcome]], None]
@@ -44,6 +47,7 @@ def update(
     scaled: bool,
     loss: Any = None,
     parts: Any = None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Takes gradients through replicas, loss scale, hooks, gate and optimizer.
 
@@ -57,6 +61,7 @@ def update(
         scaled: whether the gradients are those of the loss times the loss scale.
         loss: this replica's share of the loss, where it is known.
         parts: norms and weights of the gradients of the micro-batches, if any.
+        watch: looks at the update, for a record of the step.
 
     Returns:
         What became of the step.
@@ -66,10 +71,12 @@ def update(
     if not hooks and replicas.count() == 1:
         if not scaled and scale is not None:
             gradients = gradients.scale(scale)
+        if watch is not None:
+            return _apply_watched(optimizer, gradients, scale, watch)
         optimizers.apply(optimizer, gradients.values(), variables)
         return Outcome(None, [])
 
-    square_norm = _parts(gradients, parts, scale if scaled else None) if hooks.uses_parts else None
+    of_parts = _parts(gradients, parts, scale if scaled else None) if hooks.uses_parts else None
     gradients = replicas.all_reduce(gradients)
     if hooks:
         gradients = gradients.with_unique_rows()
@@ -81,9 +88,16 @@ def update(
     step = Step(index=tf.cast(optimizer.iterations, tf.int64))
     if hooks.uses_loss and loss is not None:
         step.loss = tf.cast(replicas.sum_over(loss), tf.float32)
-    step.parts = square_norm
+    if of_parts is not None:
+        whole = tf.square(tf.cast(gradients.global_norm(), tf.float32))
+        step.parts = Parts(of_parts[0], of_parts[1], whole, of_parts[2])
+    if watch is not None:
+        watch.given(gradients)
     gradients = hooks.run(gradients, step)
     admitted = _verdict(step)
+    if watch is not None:
+        watch.made(gradients)
+        watch.updating(variables)
 
     if dynamic:
         # A step that overflowed stays so whatever the hooks made of it: the optimizer
@@ -95,7 +109,23 @@ def update(
         with optimizers.averages_following(optimizer, variables):
             after_update()
     accepted = _and(admitted, finite if hooks else None)
-    return Outcome(accepted, step.reports)
+    if watch is None:
+        return Outcome(accepted, step.reports)
+    watch.updated(variables)
+    return Outcome(accepted, step.reports, watch.seen(_and(admitted, finite)))
+
+
+def _apply_watched(optimizer: Any, gradients: Gradients, scale: Any, watch: Watch) -> Outcome:
+    """Does what Keras's own step does, and looks on."""
+    variables = gradients.variables
+    finite = gradients.all_finite() if optimizers.is_dynamic(optimizer) else None
+    true = gradients if scale is None else gradients.scale(1.0 / tf.cast(scale, tf.float32))
+    watch.given(true)
+    watch.made(true)
+    watch.updating(variables)
+    optimizers.apply(optimizer, gradients.values(), variables)
+    watch.updated(variables)
+    return Outcome(None, [], watch.seen(finite))
 
 
 def accumulate(
@@ -106,6 +136,7 @@ def accumulate(
     accumulation: Accumulation,
     weight: tf.Tensor,
     settle: Settle,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Adds gradients to the window, and makes the update where it is full.
 
@@ -118,6 +149,7 @@ def accumulate(
         weight: scalar float32, the number of examples of the step.
         settle: called inside the branch of the update; makes it and takes up what
             became of it.
+        watch: looks at the step, and at the update where there is one.
 
     Returns:
         What became of this step; its verdict is that on the batch.
@@ -134,14 +166,17 @@ def accumulate(
     missing = [g is None for g in gradients.values()]
     variables = gradients.variables
     full = accumulation.is_full()
-    replicas.when(
-        full, lambda _: close(accumulation, variables, missing, optimizer, hooks, settle), []
-    )
+    closing = (accumulation, variables, missing, optimizer, hooks, settle)
+    closing_watch = None
+    if watch is not None:
+        watch.given(replicas.all_reduce(gradients))
+        closing_watch = watch.after_accumulation()
+    replicas.when(full, lambda _: close(*closing, closing_watch), [])
     if dynamic:
         overflow = [tf.fill(tf.shape(g), float("nan")) for g in _dense(gradients)]
         indices = [i for i, gone in enumerate(missing) if not gone]
         replicas.when(~finite, _applying(optimizer, variables, indices), overflow)
-    return Outcome(finite, [])
+    return Outcome(finite, [], None if watch is None else watch.seen(finite))
 
 
 def close(
@@ -151,12 +186,16 @@ def close(
     optimizer: Any,
     hooks: HookList,
     settle: Settle,
+    watch: Watch | None = None,
 ) -> None:
     """Makes the update of a window, full or not, and begins a new one."""
 
     def make_update(_: Any) -> None:
         mean = accumulation.mean(variables, missing)
-        settle(lambda: update(mean, optimizer, hooks, scaled=False))
+        parts = accumulation.as_part(mean) if hooks.uses_parts else None
+        settle(
+            lambda: update(mean, optimizer, hooks, scaled=False, parts=parts, watch=watch)
+        )
 
     replicas.when(accumulation.is_started(), make_update, [])
     accumulation.clear()
@@ -166,23 +205,26 @@ def _dense(gradients: Gradients) -> list[tf.Tensor]:
     return [to_dense(g) for g in gradients.values() if g is not None]
 
 
-def _parts(gradients: Gradients, parts: Any, scale: Any) -> tuple[tf.Tensor, int] | None:
-    """Returns the mean square norm of the parts of the global batch, and their number.
+def _parts(gradients: Gradients, parts: Any, scale: Any) -> Any:
+    """Returns `square_norm`, `inverse` and `whole_inverse` of `Parts`.
 
-    The parts are micro-batches, or else replicas; with neither there are none.
+    The parts are micro-batches, or else replicas; with neither it is `None`.
     """
     if parts is None:
         norms = tf.reshape(tf.cast(gradients.global_norm(), tf.float32), [1])
         weights = tf.ones(1)
     else:
         norms, weights = parts
-    num_parts = int(norms.shape[0]) * replicas.count()
-    if num_parts == 1:
+    if int(norms.shape[0]) * replicas.count() == 1:
         return None
     # Keras divides the loss of a replica by the number of replicas.
     factor = replicas.count() / (1.0 if scale is None else tf.cast(scale, tf.float32))
-    mean = tf.reduce_sum(weights * tf.square(factor * norms)) / tf.reduce_sum(weights)
-    return replicas.sum_over(mean) / replicas.count(), num_parts
+    total = tf.reduce_sum(weights)
+    square_norm = tf.reduce_sum(weights * tf.square(factor * norms)) / total
+    inverse = tf.math.count_nonzero(weights, dtype=tf.float32) / total
+    # Keras averages replicas alike, whatever their shares of the batch are.
+    means = replicas.sum_over(tf.stack([square_norm, inverse, 1.0 / total])) / replicas.count()
+    return means[0], means[1], means[2] / replicas.count()
 
 
 def _verdict(step: Step) -> tf.Tensor | None:

@@ -25,8 +25,8 @@ TEXT = """\
 <!-- Written by `python -m tests.equivalence.table`. Do not edit. -->
 
 Every hook runs the same small training in every mode: {num_steps} steps, {models}, and \
-with each of {optimizers}. A cell is the distance of the trained weights from those of a \
-plain graph, relative to their length; the largest over {runs}. Logs, and what hooks keep \
+with {optimizers}. A cell is the distance of the trained weights from those of a \
+plain graph, relative to their length; {runs}. Logs, and what hooks keep \
 as state, are held to the same tolerance. What float32 resolves is 6e-8.
 
 {table}
@@ -91,7 +91,7 @@ def main() -> None:
         num_steps=cases.NUM_EPOCHS * 48 // cases.BATCH_SIZE,
         models=" and ".join(f"the {name} model" for name in models),
         optimizers=", ".join(optimizers),
-        runs="one run" if runs == 1 else f"the {runs} runs",
+        runs="one run" if runs == 1 else f"the largest over {runs} runs",
         table=_table(cells),
         keras=keras.__version__,
         tf=tf.__version__,

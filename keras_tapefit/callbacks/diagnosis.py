@@ -1,0 +1,301 @@
+"""What the records of a training say, in words.
+
+Each threshold stands here once, with its source; `docs/see_the_gradients.md` has the
+same table. Where the source names the trouble and no number, the number is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Lu et al., 2019, Dying ReLU and Initialization, https://arxiv.org/abs/1903.06733: a dead
+# unit has a gradient of exactly 0. Ours: in how many of the last steps.
+DEAD_SHARE = 0.9
+# Glorot and Bengio, 2010, Understanding the difficulty of training deep feedforward
+# neural networks, PMLR 9: with a good initialization the gradients of all layers are of
+# one size. Ours: how far apart is too far, in root mean squares of the gradients of
+# kernels, median over the steps.
+VANISHING_SHARE = 1e-3
+EXPLODING_FACTOR = 1e3
+# Pascanu, Mikolov and Bengio, 2013, On the difficulty of training recurrent neural
+# networks, https://arxiv.org/abs/1211.5063, section 3.2: thresholds for clipping from
+# half to ten times the average norm work. So a norm beyond ten times the median is a
+# spike.
+SPIKE_FACTOR = 10.0
+# Karpathy, CS231n, https://cs231n.github.io/neural-networks-3/#ratio: the ratio of
+# updates to weights "should be somewhere around 1e-3". Ours: a factor of 30 each way.
+LEAST_RATIO, LARGEST_RATIO = 3e-5, 3e-2
+# Ours: where nearly all steps are clipped, what is left of a gradient is its direction,
+# as in normalized gradient descent.
+CLIPPED_SHARE = 0.95
+# Micikevicius et al., 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740:
+# skipped steps are rare once the loss scale has settled. Ours: how rare.
+SKIPPED_SHARE = 0.02
+# A step counts as clipped from here on; float32 rounding is far below.
+_CLIPPED = 1.0 - 1e-4
+# The last steps that tell how things stand now.
+_RECENT = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the records say.
+
+    Args:
+        kind: `"dead"`, `"vanishing"`, `"exploding"`, `"not finite"`, `"spikes"`,
+            `"clipped"`, `"skipped"`, `"large updates"` or `"small updates"`.
+        text: what was found, with its figures.
+        remedy: what would help; empty where nothing needs to be done.
+        paths: the variables that it is about.
+    """
+
+    kind: str
+    text: str
+    remedy: str = ""
+    paths: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind}: {self.text}"]
+        return "\n".join(lines + [f"  try: {self.remedy}"] * bool(self.remedy))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A diagnosis: findings in order of gravity, readable with `print`.
+
+    Args:
+        summary: one line on the training as a whole.
+        findings: what there is to say.
+    """
+
+    summary: str
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the findings."""
+        return tuple(finding.kind for finding in self.findings)
+
+    def __str__(self) -> str:
+        told = [str(finding) for finding in self.findings]
+        return "\n".join([self.summary, *(told or ["Nothing is out of the ordinary."])])
+
+
+def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Report:
+    """Returns what the records of a training say.
+
+    Args:
+        records: as `GradientHistory.to_numpy()` returns them.
+        shapes: of the variables, by path.
+    """
+    if not records or not len(records["step"]):
+        return Report("No step was recorded.")
+    norms = records["gradient_norm"].astype("float64")
+    finite = norms[np.isfinite(norms)]
+    middle = f"median norm {np.median(finite):.3g}" if len(finite) else "no finite norm"
+    summary = f"{_count(len(norms), 'step')}, {middle}."
+    kernels = _root_mean_squares(records, shapes)
+    findings = [
+        *_not_finite(norms, records["skipped"]),
+        *_dead(records, shapes),
+        *_uneven(kernels),
+        *_spikes(norms, records),
+        *_skipped(records["skipped"]),
+        *_clipped(norms, records),
+        *_updates(records, shapes),
+    ]
+    return Report(summary, tuple(findings))
+
+
+def _not_finite(norms: np.ndarray, skipped: np.ndarray) -> list[Finding]:
+    bad = ~np.isfinite(norms)
+    if not bad.any():
+        return []
+    text = f"the gradients of {_share(bad)} steps hold NaN or infinity"
+    if skipped[bad].all():
+        return [Finding("not finite", f"{text}. All of these steps were skipped.")]
+    remedy = "hooks.SkipNonFinite() leaves such steps out."
+    return [Finding("not finite", f"{text}, from step {int(np.argmax(bad))} on.", remedy)]
+
+
+def _dead(
+    records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Finding]:
+    dead = []
+    for path in shapes:
+        norms = records.get(f"gradient_norm/{path}", np.zeros(0))[-_RECENT:]
+        trained = norms[~np.isnan(norms)]
+        if len(trained) and np.mean(trained == 0) >= DEAD_SHARE:
+            dead.append(path)
+    if not dead:
+        return []
+    return [
+        Finding(
+            "dead",
+            f"{_count(len(dead), 'variable')} of {len(shapes)} got a gradient of exactly 0 in "
+            f"nearly all of the last steps: {_listed(dead)}.",
+            "an activation that is nowhere flat (leaky_relu, gelu), he_normal "
+            "initialization, and hooks.GlobalNormClipping(...) against the large steps that "
+            "kill units. What the loss does not depend on is better frozen.",
+            tuple(dead),
+        )
+    ]
+
+
+def _root_mean_squares(
+    records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """Returns of each kernel the median over steps of its gradient's root mean square."""
+    found = {}
+    for path, shape in shapes.items():
+        norms = records.get(f"gradient_norm/{path}", np.zeros(0))
+        norms = norms[np.isfinite(norms)]
+        # Of tensors only: biases and scales are of another kind.
+        if len(shape) >= 2 and len(norms) and np.median(norms) > 0:
+            found[path] = float(np.median(norms)) / float(np.sqrt(np.prod(shape)))
+    return found
+
+
+def _uneven(kernels: Mapping[str, float]) -> list[Finding]:
+    if len(kernels) < 2:
+        return []
+    largest = max(kernels, key=lambda path: kernels[path])
+    middle = float(np.median(list(kernels.values())))
+    findings = []
+    exploding = [path for path, size in kernels.items() if size > EXPLODING_FACTOR * middle]
+    if exploding:
+        findings.append(
+            Finding(
+                "exploding",
+                f"the gradients of {_listed(exploding)} are more than {EXPLODING_FACTOR:g} "
+                "times as large as those of the layer in the middle (root mean squares).",
+                "hooks.NormClipping(...) bounds each variable by itself, "
+                "hooks.AdaptiveClipping() by the size of its weights.",
+                tuple(exploding),
+            )
+        )
+    vanishing = [p for p, size in kernels.items() if size < VANISHING_SHARE * kernels[largest]]
+    if vanishing:
+        least = min(kernels.values()) / kernels[largest]
+        findings.append(
+            Finding(
+                "vanishing",
+                f"the gradients of {_listed(vanishing)} are less than {VANISHING_SHARE:g} of "
+                f"those of {largest} (root mean squares; {least:.1g} at the least).",
+                "hooks.BlockRMSClipping(...) brings large layers down to the small ones, "
+                "with an optimizer that adapts to each weight, such as Adam. Residual "
+                "connections, normalization layers and he_normal or glorot_uniform "
+                "initialization go to the root of it.",
+                tuple(vanishing),
+            )
+        )
+    return findings
+
+
+def _spikes(norms: np.ndarray, records: Mapping[str, np.ndarray]) -> list[Finding]:
+    finite = norms[np.isfinite(norms)]
+    if len(finite) < 10:
+        return []
+    middle = float(np.median(finite))
+    spikes = norms > SPIKE_FACTOR * middle
+    tamed = records["skipped"] | (records["gradient_norm_after"] <= SPIKE_FACTOR * middle)
+    if middle == 0 or not spikes.any() or tamed[spikes].all():
+        return []
+    return [
+        Finding(
+            "spikes",
+            f"the norm of {_share(spikes)} steps is more than {SPIKE_FACTOR:g} times the "
+            f"median, the largest {float(finite.max()) / middle:.0f} times.",
+            f"hooks.GlobalNormClipping({_rounded(2 * middle)}), hooks.PercentileClipping() "
+            "where the norm changes much over the training, or hooks.SkipSpikes() to leave "
+            "such steps out.",
+        )
+    ]
+
+
+def _skipped(skipped: np.ndarray) -> list[Finding]:
+    if not skipped.any():
+        return []
+    text = f"{_share(skipped)} steps were skipped."
+    if np.mean(skipped) < SKIPPED_SHARE:
+        return [Finding("skipped", text)]
+    remedy = (
+        "look at what these batches hold, or at the threshold of the gate. In float16 a "
+        "loss scale that falls again and again means overflow: hooks.GlobalNormClipping(...) "
+        "and a smaller learning rate."
+    )
+    return [Finding("skipped", text, remedy)]
+
+
+def _clipped(norms: np.ndarray, records: Mapping[str, np.ndarray]) -> list[Finding]:
+    after = records["gradient_norm_after"].astype("float64")
+    known = np.isfinite(norms) & np.isfinite(after) & ~records["skipped"]
+    clipped = after[known] < _CLIPPED * norms[known]
+    if not clipped.any():
+        return []
+    text = f"hooks made the norm of {_share(clipped)} steps smaller."
+    if np.mean(clipped) < CLIPPED_SHARE:
+        return [Finding("clipped", text)]
+    remedy = (
+        "that leaves the direction only, and the learning rate decides all. Raise the "
+        f"threshold above the median norm, {_rounded(float(np.median(norms[known])))}, or "
+        "take hooks.PercentileClipping()."
+    )
+    return [Finding("clipped", text, remedy)]
+
+
+def _updates(
+    records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Finding]:
+    ratios = {}
+    for path, shape in shapes.items():
+        values = records.get(f"update_ratio/{path}", np.zeros(0))[~records["skipped"]][-_RECENT:]
+        values = values[np.isfinite(values)]
+        if len(shape) >= 2 and len(values):
+            ratios[path] = float(np.median(values))
+    large = [path for path, ratio in ratios.items() if ratio > LARGEST_RATIO]
+    small = [path for path, ratio in ratios.items() if ratio < LEAST_RATIO]
+    findings = []
+    if large:
+        findings.append(
+            Finding(
+                "large updates",
+                f"a step moves {_listed(large)} by {max(ratios.values()):.1g} of the size of "
+                "the weights; 1e-3 is usual.",
+                "a smaller learning rate, or hooks.LearningRateMultiplier(0.1, targets=...) "
+                "for these; hooks.AdaptiveClipping() bounds the ratio itself.",
+                tuple(large),
+            )
+        )
+    if small:
+        findings.append(
+            Finding(
+                "small updates",
+                f"a step moves {_listed(small)} by {min(ratios.values()):.1g} of the size of "
+                "the weights; 1e-3 is usual.",
+                "a larger learning rate, or hooks.LearningRateMultiplier(10.0, targets=...) "
+                "for these; hooks.Freezing(...) where they need not be trained.",
+                tuple(small),
+            )
+        )
+    return findings
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def _share(flags: np.ndarray) -> str:
+    return f"{int(flags.sum())} of {len(flags)} ({np.mean(flags):.1%})"
+
+
+def _listed(paths: list[str]) -> str:
+    shown = ", ".join(paths[:4])
+    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2g}"

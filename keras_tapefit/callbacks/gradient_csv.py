@@ -1,0 +1,129 @@
+"""The records of all steps in a file."""
+
+from __future__ import annotations
+
+import csv
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tapefit.callbacks.reader import RecordReader, check_bool, column_names
+from keras_tapefit.update.records import Records
+from keras_tapefit.update.watch import RecordRequest
+
+
+class GradientCSV(RecordReader):
+    """Writes a record of every step to a CSV file, as `GradientHistory` keeps it.
+
+    What is there is not lost in a crash: rows are written after each execution. With
+    `keras.callbacks.BackupAndRestore` in the same list the file goes on where the
+    restored training does: rows of steps that are repeated are taken out, and none is
+    missing. Where `BackupAndRestore` has a `save_freq` in batches, put it after this one.
+    A model that has not been trained yet begins the file anew.
+
+    Of several workers only the chief writes.
+
+    Args:
+        path: of the file.
+        per_variable: whether norms and ratios of each variable are written.
+        updates: whether update-to-weight ratios are written.
+
+    Raises:
+        TypeError: when an argument is of the wrong type, or the model is no `TapeModel`.
+        ValueError: when the training goes on, and the file has other columns.
+
+    Example:
+
+    ```python
+    model.fit(x, y, verbose=0, callbacks=[callbacks.GradientCSV("gradients.csv")])
+    ```
+    """
+
+    _of_training = ("_model", "_records", "_file")
+
+    def __init__(self, path: Any, per_variable: bool = False, updates: bool = False) -> None:
+        super().__init__()
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"`path` must be a path. Received: path={path!r}.")
+        self.path = path
+        self.per_variable = check_bool("per_variable", per_variable)
+        self.updates = check_bool("updates", updates)
+        self._file: Any = None
+        self._places: list[int] = []
+
+    def request(self) -> RecordRequest:
+        return RecordRequest(self.per_variable, self.updates)
+
+    def begin(self, records: Records, step: int) -> None:
+        names = column_names(records, self.request())
+        self._places = [records.columns.index(name) for name in names]
+        if not _is_chief(self.model):
+            return
+        header = ["step", "epoch", *names]
+        kept = _rows_before(self.path, step, header)
+        unfinished = f"{os.fspath(self.path)}.unfinished"
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept])
+        os.replace(unfinished, self.path)
+        self._file = open(self.path, "a", newline="", encoding="utf-8")
+
+    def take(self, steps: np.ndarray, rows: np.ndarray) -> None:
+        if self._file is None:
+            return
+        writer = csv.writer(self._file)
+        for step, row in zip(steps, rows[:, self._places], strict=True):
+            # The shortest text that reads back as the same float32.
+            writer.writerow([step, self._epoch, *map(str, row)])
+        self._file.flush()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._close()
+        super().on_train_begin(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        super().on_train_end(logs)
+        self._close()
+
+    def _is_due(self) -> bool:
+        return True
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __del__(self) -> None:
+        # A training that ended with an error.
+        self._close()
+
+
+def _is_chief(model: Any) -> bool:
+    strategy = model.distribute_strategy
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    return strategy.cluster_resolver.task_id in (0, None)
+
+
+def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
+    """Returns the rows of a file that a training goes on from.
+
+    Raises:
+        ValueError: when there are any, and the file has other columns.
+    """
+    if step == 0 or not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        text = file.read()
+    # A row without an end was being written when the training broke off.
+    rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    if not rows:
+        return []
+    if rows[0] != header:
+        raise ValueError(
+            f"The training goes on at step {step}, and the file {os.fspath(path)!r} has "
+            "other columns. Move it away, or pass the same `per_variable` and `updates` "
+            "as before."
+        )
+    return [row for row in rows[1:] if int(row[0]) < step]

@@ -1,0 +1,170 @@
+"""The records of all steps in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from keras_tapefit.callbacks.diagnosis import Report, diagnose
+from keras_tapefit.callbacks.reader import RecordReader, check_bool, column_names
+from keras_tapefit.gradients import Targets, matching
+from keras_tapefit.gradients.targets import check_targets
+from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.update.records import Records
+from keras_tapefit.update.watch import RecordRequest
+
+_MAX_WEIGHTS = 1000
+
+
+class GradientHistory(RecordReader):
+    """Keeps a record of every step: gradients before and after hooks, updates, verdicts.
+
+    The gradients are those of the training batches, summed over replicas and without
+    loss scale. There is a record of each step, rejected ones included, whatever
+    `steps_per_execution` is, under XLA and on replicas. Fetching waits for the device
+    once in some hundred steps. What is trained is the same with it and without.
+
+    It reads like a mapping from names to arrays with one entry a step:
+
+    | name | |
+    |---|---|
+    | `step` | its number in the life of the model, from 0 |
+    | `epoch` | of `fit`, from 0 |
+    | `loss` | of the batch, regularization included |
+    | `learning_rate` | at this step |
+    | `gradient_norm` | the global norm before the hooks |
+    | `gradient_norm_after` | the global norm after the hooks |
+    | `skipped` | whether the step was rejected: by a gate or for an overflow |
+    | `update_ratio` | `‖v_new − v_old‖ / ‖v_old‖` over all variables |
+    | `gradient_norm/<path>` | likewise of each variable, NaN while it is frozen |
+
+    and `gradient_norm_after/<path>`, `update_ratio/<path>`. While gradients accumulate,
+    what is after the hooks is NaN but for the steps that end a window. A later `fit` of
+    the same model goes on; of a resumed one, the steps that are repeated are replaced.
+
+    Args:
+        per_variable: whether norms and ratios of each variable are kept.
+        updates: whether the ratios are kept.
+        weights: variables whose values after each step are kept, as `weight/<path>`:
+            a layer, a variable, a predicate, a glob on `variable.path`, or a list of
+            these. `None`: none.
+
+    Raises:
+        TypeError: when an argument is of the wrong type, or the model is no `TapeModel`.
+        ValueError: when `weights` has more than 1000 elements.
+
+    Example:
+
+    ```python
+    history = callbacks.GradientHistory()
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[history])
+    history["gradient_norm"].max()
+    print(history.report())
+    ```
+    """
+
+    def __init__(
+        self, per_variable: bool = True, updates: bool = True, weights: Targets = None
+    ) -> None:
+        super().__init__()
+        check_targets(weights)
+        self.per_variable = check_bool("per_variable", per_variable)
+        self.updates = check_bool("updates", updates)
+        self.weights = weights
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._chunks: list[dict[str, np.ndarray]] = []
+
+    def request(self) -> RecordRequest:
+        return RecordRequest(self.per_variable, self.updates, weights=self._positions())
+
+    def begin(self, records: Records, step: int) -> None:
+        if self.shapes not in ({}, records.shapes):
+            self._chunks = []
+        self.shapes = dict(records.shapes)
+        self._chunks = [
+            {name: values[chunk["step"] < step] for name, values in chunk.items()}
+            for chunk in self._chunks
+        ]
+
+    def take(self, steps: np.ndarray, rows: np.ndarray) -> None:
+        assert self._records is not None
+        places = {name: i for i, name in enumerate(self._records.columns)}
+        wanted = column_names(self._records, self.request())
+        chunk = {"step": steps, "epoch": np.full(len(steps), self._epoch)}
+        chunk.update((name, rows[:, places[name]]) for name in wanted)
+        chunk["skipped"] = chunk["skipped"] > 0
+        self._chunks.append(chunk)
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """Returns the records so far, one array a name."""
+        self.drain()
+        names = list(dict.fromkeys(name for chunk in self._chunks for name in chunk))
+        return {
+            name: np.concatenate(
+                [
+                    chunk[name] if name in chunk else np.full(len(chunk["step"]), np.nan)
+                    for chunk in self._chunks
+                ]
+            )
+            for name in names
+        }
+
+    def to_pandas(self) -> Any:
+        """Returns the records so far as a `pandas.DataFrame`, indexed by step.
+
+        Raises:
+            ImportError: when pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "`to_pandas` needs pandas: `pip install pandas`. `to_numpy` does not."
+            ) from error
+        return pandas.DataFrame(self.to_numpy()).set_index("step")
+
+    def report(self) -> Report:
+        """Says in words what is wrong with the gradients, and what would help.
+
+        Returns:
+            A list of findings that prints as text; see `docs/see_the_gradients.md` for
+            its thresholds and where they come from.
+        """
+        return diagnose(self.to_numpy(), self.shapes)
+
+    def keys(self) -> Any:
+        """The names of the arrays."""
+        return self.to_numpy().keys()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.to_numpy()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_numpy())
+
+    def __len__(self) -> int:
+        return sum(len(chunk["step"]) for chunk in self._chunks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.to_numpy()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _positions(self) -> tuple[int, ...]:
+        if self.weights is None:
+            return ()
+        variables = runtime_of(self.model).candidates()
+        positions = tuple(matching(self.weights, variables))
+        size = sum(int(np.prod(variables[i].shape)) for i in positions)
+        if size > _MAX_WEIGHTS:
+            raise ValueError(
+                f"`weights` may have {_MAX_WEIGHTS} elements in all, for one column each. "
+                f"Received: weights={self.weights!r}, which has {size}."
+            )
+        return positions
+
+
+Mapping.register(GradientHistory)

@@ -1,0 +1,148 @@
+"""What the callbacks share: asking a model for records, and fetching them in time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.models.trainer import TapeTrainer
+from keras_tapefit.update.records import Records
+from keras_tapefit.update.watch import RecordRequest
+
+
+class RecordReader(keras.callbacks.Callback):
+    """Base class of callbacks that get a record of every step.
+
+    Subclasses implement `request` and `take`.
+    """
+
+    # What belongs to one training and is not copied with the callback.
+    _of_training = ("_model", "_records")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: Records | None = None
+        self._position = 0
+        self._epoch = 0
+        self._num_unread = 0
+
+    def request(self) -> RecordRequest:
+        """Returns what is to be recorded."""
+        raise NotImplementedError
+
+    def begin(self, records: Records, step: int) -> None:
+        """Called before the first step of a training, whose number is `step`."""
+
+    def take(self, steps: np.ndarray, rows: np.ndarray) -> None:
+        """Takes the records of steps.
+
+        Args:
+            steps: their numbers.
+            rows: of shape `[num_steps, num_columns]`.
+        """
+        raise NotImplementedError
+
+    def set_model(self, model: Any) -> None:
+        if not isinstance(model, TapeTrainer):
+            raise TypeError(
+                f"{type(self).__name__} needs a `TapeModel`, whose steps can be recorded. "
+                f"Received: a model of type {type(model).__name__}. Make one of it with "
+                "`TapeModel.from_model(model)`, and compile that."
+            )
+        super().set_model(model)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._records = None
+        runtime_of(self.model).recording.ask(self, self.request())
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._begin()
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        # In a loop of one's own there may be no epochs.
+        self._begin()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._num_unread += self.model.steps_per_execution
+        if self._is_due():
+            self.drain()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.drain()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.drain()
+        runtime_of(self.model).recording.release(self)
+
+    def drain(self) -> None:
+        """Fetches the records there are."""
+        if self._records is None:
+            return
+        steps, rows = self._records.read(self._position)
+        self._num_unread = 0
+        if len(steps):
+            self.take(steps, rows)
+            self._position = int(steps[-1]) + 1
+
+    def _is_due(self) -> bool:
+        """Whether the next execution may overwrite what was not fetched."""
+        assert self._records is not None
+        return self._num_unread + self.model.steps_per_execution > self._records.size
+
+    def _begin(self) -> None:
+        if self._records is not None:
+            return
+        # After all callbacks have begun: one of them may have restored the model.
+        runtime = runtime_of(self.model)
+        optimizer = self.model.optimizer
+        runtime.prepare(optimizer)
+        recording = runtime.recording
+        if recording.records is None:
+            return
+        recording.begin(int(optimizer.iterations.numpy()))
+        self._records, self._num_unread = recording.records, 0
+        self._position = recording.records.count()
+        self.begin(recording.records, self._position)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in self._of_training:
+            state[name] = None
+        return state
+
+
+def column_names(records: Records, request: RecordRequest) -> list[str]:
+    """Returns the columns that a request asked for; others may have asked for more."""
+    wanted = []
+    for name in records.columns:
+        kind, _, path = name.partition("/")
+        if kind == "weight":
+            variables = [records.paths[i] for i in request.weights]
+            keep = any(path == p or path.startswith(f"{p}[") for p in variables)
+        else:
+            keep = (request.per_variable or not path) and (
+                request.updates or kind != "update_ratio"
+            )
+        if keep:
+            wanted.append(name)
+    return wanted
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Returns `value`, or raises `TypeError` where it is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
+    return value
+
+
+def check_interval(name: str, value: Any, minimum: int) -> int:
+    """Returns `value`, or raises where it is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}. Received: {name}={value}.")
+    return value

@@ -1,0 +1,47 @@
+"""Models whose parts are called but never they themselves, and models built from a file.
+
+Keras counts neither as built, and then refuses to save or load their weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_tapefit.update.trainable import layers_of
+
+
+def complete(model: Any) -> bool:
+    """Marks a model as built when all layers in it are; returns whether it did."""
+    if model.built:
+        return False
+    inside = [layer for layer in layers_of(model) if layer is not model]
+    if not inside or not all(layer.built for layer in inside):
+        return False
+    model.built = True
+    return True
+
+
+def parts_config(model: Any) -> dict[str, Any] | None:
+    """Returns how the parts of a model are built, where it was never called itself."""
+    parts = [part.get_build_config() for part in _parts(model)]
+    return {"parts": parts} if any(parts) else None
+
+
+def build_parts(model: Any, configs: list[Any]) -> None:
+    """Builds the parts of a model as `parts_config` describes."""
+    for part, config in zip(_parts(model), configs, strict=True):
+        if not part.built and config:
+            build(part, config)
+
+
+def build(layer: Any, config: dict[str, Any]) -> None:
+    """Builds a layer or model as its `get_build_config` says."""
+    layer.build_from_config(config)
+    if isinstance(layer, keras.Model):
+        complete(layer)
+
+
+def _parts(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if layer is not model]

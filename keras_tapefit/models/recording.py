@@ -1,0 +1,75 @@
+"""Which records of its steps a model is to keep, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from keras_tapefit.update.records import Records, make_counter
+from keras_tapefit.update.watch import RecordRequest
+
+
+class Recording:
+    """The requests of callbacks, and the records made for them.
+
+    Without a request there are none, and nothing is added to a step.
+
+    Attributes:
+        records: those that are written now; `None` where nobody asks for any.
+        counter: the number of steps so far, a variable; `None` before the first request.
+    """
+
+    def __init__(self) -> None:
+        self._requests: WeakKeyDictionary[Any, RecordRequest] = WeakKeyDictionary()
+        self._kept: dict[Any, Records] = {}
+        self._structure: Any = None
+        self.records: Records | None = None
+        self.counter: Any = None
+
+    def ask(self, who: Any, request: RecordRequest) -> None:
+        """Has steps recorded from the next call of the train function on.
+
+        Args:
+            who: for whom. The request ends with its life at the latest.
+            request: what is wanted.
+        """
+        self._requests[who] = request
+
+    def release(self, who: Any) -> None:
+        """Ends the request of `who`."""
+        self._requests.pop(who, None)
+
+    def structure(self) -> Any:
+        """Returns what of the records decides the traced graph."""
+        return self._structure
+
+    def prepare(self, variables: Sequence[Any], steps_per_execution: int) -> bool:
+        """Makes the records that are asked for, in the strategy's scope.
+
+        Returns:
+            Whether any were made.
+        """
+        requests = list(self._requests.values())
+        if not requests:
+            self.records = self._structure = None
+            return False
+        request = reduce(RecordRequest.merged, requests)
+        key = request, 2 * steps_per_execution, tuple(map(id, variables))
+        made = key not in self._kept
+        if made:
+            if self.counter is None:
+                self.counter = make_counter(0)
+            self._kept[key] = Records(request, variables, self.counter, key[1])
+        self.records, self._structure = self._kept[key], key
+        return made
+
+    def begin(self, num_updates: int) -> None:
+        """Counts the steps that were made while nobody asked for records.
+
+        Args:
+            num_updates: the number of updates that the optimizer has made.
+        """
+        if int(self.counter.numpy()) < num_updates:
+            self.counter.assign(num_updates)

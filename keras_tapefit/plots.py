@@ -1,0 +1,287 @@
+"""Pictures of what `GradientHistory` recorded; they need matplotlib.
+
+Each function takes a `GradientHistory`, the dictionary of its `to_numpy()`, or a pandas
+frame of a `GradientCSV` file, and returns a `matplotlib.figure.Figure`, 600 pixels wide
+and readable in grey:
+
+```python
+figure = plots.norms(history)
+figure.savefig("norms.png")
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["gradient_flow", "heat_map", "norms", "trajectory"]
+
+_UNIT = "[loss / weight]"
+_WIDTH, _DPI = 6.0, 100
+_BEFORE, _AFTER = "0.62", "black"
+_STYLES = ("-", "--", ":", "-.")
+_MAX_LABELS = 40
+
+
+def gradient_flow(records: Any) -> Any:
+    """Draws how large the gradients of each layer are: mean and largest over the steps.
+
+    Layers go from the first, at the top, to the last. Bars that shrink from one end to
+    the other show vanishing or exploding gradients; a layer without a bar is dead.
+
+    Args:
+        records: of a training, with norms of each variable.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+        ValueError: when the records hold no norms of variables.
+
+    Example:
+
+    ```python
+    plots.gradient_flow(history).savefig("gradient_flow.png")
+    ```
+    """
+    layers = _layer_norms(records)
+    names = list(layers)
+    finite = [values[np.isfinite(values)] for values in layers.values()]
+    means = np.array([values.mean() if len(values) else 0.0 for values in finite])
+    largest = np.array([values.max() if len(values) else 0.0 for values in finite])
+    figure, axes = _figure(max(2.4, 1.2 + 0.24 * min(len(names), 100)))
+    places = np.arange(len(names))
+    axes.set_xscale("log")
+    least = means[means > 0].min() if (means > 0).any() else 1.0
+    left = 10.0 ** np.floor(np.log10(least) - 0.5)
+    for values, height, colour, label in (
+        (largest, 0.8, "0.78", "largest over steps"),
+        (means, 0.4, "0.2", "mean over steps"),
+    ):
+        axes.barh(places, np.maximum(values - left, 0), height, left, color=colour, label=label)
+    for place, value in zip(places, largest, strict=True):
+        if value == 0:
+            axes.text(left * 1.15, place, "0 in every step", va="center", fontsize=8)
+    right = largest.max() if largest.max() > 0 else 10 * left
+    axes.set_xlim(left, 10.0 ** np.ceil(np.log10(right) + 0.05))
+    _name_rows(axes, names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel(f"gradient norm {_UNIT}")
+    axes.set_ylabel("layer, first to last")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    _legend_above(axes)
+    return figure
+
+
+def norms(records: Any) -> Any:
+    """Draws the global norm of each step, before and after hooks, skipped steps marked.
+
+    Args:
+        records: of a training.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+
+    Example:
+
+    ```python
+    plots.norms(history).savefig("norms.png")
+    ```
+    """
+    steps = _column(records, "step")
+    before = _positive(_column(records, "gradient_norm"))
+    after = _positive(_column(records, "gradient_norm_after"))
+    skipped = _column(records, "skipped") > 0
+    figure, axes = _figure(3.4)
+    axes.set_yscale("log")
+    axes.plot(steps, before, color=_BEFORE, linewidth=2.4, label="before hooks")
+    known = np.isfinite(after)
+    axes.plot(steps[known], after[known], color=_AFTER, linewidth=1.0, label="after hooks")
+    if skipped.any():
+        # At the foot of the picture, for their norms may be NaN.
+        axes.plot(
+            steps[skipped],
+            np.full(skipped.sum(), 0.035),
+            "kx",
+            markersize=7,
+            markeredgewidth=1.6,
+            transform=axes.get_xaxis_transform(),
+            label="skipped step",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"global gradient norm {_UNIT}")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    _legend_above(axes)
+    return figure
+
+
+def trajectory(records: Any, max_lines: int = 12) -> Any:
+    """Draws how weights move over the steps.
+
+    Args:
+        records: of a training by `GradientHistory(weights=...)`.
+        max_lines: the largest number of weights that are drawn; of more, as many evenly
+            spaced ones.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+        ValueError: when the records hold no weights.
+
+    Example:
+
+    ```python
+    history = callbacks.GradientHistory(weights="*/bias")
+    model.fit(x, y, verbose=0, callbacks=[history])
+    plots.trajectory(history).savefig("trajectory.png")
+    ```
+    """
+    paths = _paths(records, "weight")
+    if not paths:
+        raise ValueError(
+            "The records hold no weights. Ask for some: "
+            '`GradientHistory(weights="dense/bias")`.'
+        )
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_lines, len(paths))).astype(int))
+    steps = _column(records, "step")
+    figure, axes = _figure(3.4)
+    for number, index in enumerate(chosen):
+        shade = 0.6 * (number // len(_STYLES)) / max(1, (len(chosen) - 1) // len(_STYLES))
+        axes.plot(
+            steps,
+            _column(records, f"weight/{paths[index]}"),
+            color=str(shade),
+            linestyle=_STYLES[number % len(_STYLES)],
+            linewidth=1.5,
+            label=paths[index],
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("weight after the step")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def heat_map(records: Any) -> Any:
+    """Draws the gradient norm of each layer in each step as a shade.
+
+    White is a gradient of exactly 0; crossed out is a layer that was frozen, or whose
+    gradient was not finite.
+
+    Args:
+        records: of a training, with norms of each variable.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+        ValueError: when the records hold no norms of variables.
+
+    Example:
+
+    ```python
+    plots.heat_map(history).savefig("heat_map.png")
+    ```
+    """
+    layers = _layer_norms(records)
+    steps = _column(records, "step")
+    table = np.stack(list(layers.values()))
+    figure, axes = _figure(max(2.4, 1.2 + 0.22 * min(len(layers), 100)))
+    with np.errstate(divide="ignore"):
+        shades = np.ma.masked_invalid(np.log10(table))
+    edges = [steps[0] - 0.5, steps[-1] + 0.5, len(layers) - 0.5, -0.5]
+    axes.set_facecolor("white")
+    # Light is small: dark stands out on white, in grey too.
+    options = {"cmap": "viridis_r", "aspect": "auto", "interpolation": "nearest"}
+    image = axes.imshow(shades, extent=edges, **options)
+    unknown = np.ma.masked_where(np.isfinite(table), np.ones_like(table))
+    if unknown.count():
+        axes.contourf(
+            steps,
+            np.arange(len(layers)),
+            unknown.filled(0.0),
+            levels=[0.5, 1.5],
+            colors="0.93",
+            hatches=["xxx"],
+        )
+    _name_rows(axes, list(layers))
+    axes.set_xlabel("step")
+    axes.set_ylabel("layer, first to last")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(f"log10 of gradient norm {_UNIT}", fontsize=9)
+    return figure
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("`plots` needs matplotlib: `pip install matplotlib`.") from error
+    # Not pyplot's: nothing is shown or kept alive behind the caller's back.
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    every = -(-len(names) // _MAX_LABELS)
+    shown = [name if len(name) <= 24 else f"…{name[-23:]}" for name in names]
+    axes.set_yticks(range(0, len(names), every), shown[::every], fontsize=8)
+
+
+def _column(records: Any, name: str) -> np.ndarray:
+    if name == "step" and name not in _names(records):
+        # A frame that has the steps as its index.
+        return np.asarray(records.index)
+    return np.asarray(records[name])
+
+
+def _names(records: Any) -> list[str]:
+    return [str(name) for name in records.keys()]
+
+
+def _paths(records: Any, kind: str) -> list[str]:
+    return [n.partition("/")[2] for n in _names(records) if n.startswith(f"{kind}/")]
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    # A logarithm has no place for 0.
+    return np.where(values > 0, values, np.nan)
+
+
+def _layer_norms(records: Any) -> Mapping[str, np.ndarray]:
+    """Returns the norm of each layer's gradient, one value a step, NaN while frozen."""
+    squares: dict[str, np.ndarray] = {}
+    for path in _paths(records, "gradient_norm"):
+        layer = path.rpartition("/")[0] or path
+        values = np.square(_column(records, f"gradient_norm/{path}").astype("float64"))
+        if layer not in squares:
+            squares[layer] = values
+            continue
+        # Of a layer that is frozen in part, the rest.
+        both = np.isfinite(squares[layer]) & np.isfinite(values)
+        known = np.where(np.isnan(squares[layer]), values, squares[layer])
+        squares[layer] = np.where(both, squares[layer] + values, known)
+    if not squares:
+        raise ValueError(
+            "The records hold no norms of variables. Ask for them: "
+            "`GradientHistory(per_variable=True)`, or `per_variable=True` of the callback "
+            "that wrote the file."
+        )
+    return {layer: np.sqrt(values) for layer, values in squares.items()}

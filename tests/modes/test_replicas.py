@@ -1,0 +1,167 @@
+"""`MirroredStrategy`: N replicas equal one device on the global batch."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tapefit import hooks
+
+from . import support
+from .support import OPTIMIZERS, assert_replicas_agree, difference, trained
+
+OTHERS = [n for n in OPTIMIZERS if n != "sgd"]
+SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+
+
+def _hooks():
+    return [support.sensitive, hooks.GlobalNormClipping(0.8), hooks.GradientNoise(0.05, seed=3)]
+
+
+def _check(model, optimizer, num_replicas):
+    runs = [
+        trained(model, OPTIMIZERS[optimizer], n, epochs=2, gradient_hooks=_hooks())
+        for n in (1, num_replicas)
+    ]
+    assert difference(runs[1], runs[0]) < 1e-6
+    np.testing.assert_allclose(runs[1].log["loss"], runs[0].log["loss"], rtol=1e-5)
+    assert_replicas_agree(runs[1])
+
+
+@pytest.mark.parametrize("model", ["dense", "embedding"])
+@pytest.mark.parametrize("num_replicas", SIZES)
+def test_equal_one_device(model, num_replicas):
+    _check(model, "sgd", num_replicas)
+
+
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_equal_one_device_with_other_optimizers(optimizer):
+    _check("embedding", optimizer, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [3, 4])
+@pytest.mark.parametrize("model", ["dense", "embedding"])
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_equal_one_device_with_all(model, optimizer, num_replicas):
+    _check(model, optimizer, num_replicas)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_hooks_bits_are_those_of_keras(optimizer):
+    """Loss scale as well, where no replica overflows."""
+    runs = [
+        trained("dense", OPTIMIZERS[optimizer], 2, model_class=kind)
+        for kind in (keras.Model, support.TapeModel)
+    ]
+    support.assert_same_bits(runs[1], runs[0])
+    assert runs[1].log == runs[0].log
+
+
+CLIPS = [{"global_clipnorm": 0.3}, {"clipnorm": 0.1}, {"clipvalue": 0.02}]
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: next(iter(clip)))
+@pytest.mark.parametrize("with_hook", [False, True])
+def test_clipping_of_the_optimizer_is_of_the_sum(clip, with_hook):
+    """Keras clips on each replica before the sum: up to n times the norm."""
+    chosen = [support.sensitive] if with_hook else []
+
+    def optimizer():
+        return keras.optimizers.SGD(0.5, **clip)
+
+    one, two = (trained("dense", optimizer, n, gradient_hooks=chosen) for n in (1, 2))
+    assert difference(two, one) < 1e-6
+    stock = trained("dense", optimizer, 2, model_class=keras.Model)
+    if not with_hook:
+        assert difference(stock, one) > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "loss_scale", "loss_scale_multi"])
+def test_a_nan_on_one_replica_is_seen_by_all(optimizer):
+    y = support.Y.copy()
+    y[9] = np.nan  # of the first batch, on the second replica
+    gate = [hooks.SkipNonFinite()] if optimizer == "sgd" else [support.sensitive]
+    one, two = (
+        trained("dense", OPTIMIZERS[optimizer], n, y=y, gradient_hooks=gate) for n in (1, 2)
+    )
+    assert difference(two, one) < 1e-6
+    assert two.log["skipped_steps"] == [1.0]
+    assert_replicas_agree(two)
+    assert int(two.optimizer.iterations.numpy()) == 3
+    if optimizer != "sgd":
+        assert float(two.optimizer.dynamic_scale.numpy()) == 2.0**11
+
+
+def test_a_loss_scale_without_hooks_is_lowered_by_all():
+    """Keras looks at the first replica only: all its weights would be NaN."""
+    y = support.Y.copy()
+    y[9] = np.nan
+    model = trained("dense", OPTIMIZERS["loss_scale"], 2, y=y)
+    assert np.isfinite(support.vector(model.get_weights())).all()
+    assert int(model.optimizer.iterations.numpy()) == 3
+    assert float(model.optimizer.dynamic_scale.numpy()) == 2.0**11
+
+
+@pytest.mark.parametrize("num_replicas", SIZES)
+def test_state_of_hooks_counts_steps(num_replicas):
+    class Counting(hooks.GradientHook):
+        def build(self, variables):
+            self.count = self.add_variable(dtype="int64", name="count")
+
+        def apply(self, gradients):
+            self.count.assign(self.count.value + 1)
+            return gradients
+
+    counting = Counting()
+    model = trained("dense", OPTIMIZERS["adam"], num_replicas, gradient_hooks=[counting])
+    assert int(counting.count.numpy()) == 4
+    assert int(model.optimizer.iterations.numpy()) == 4
+    assert_replicas_agree(model)
+
+
+def test_batch_normalization_trains():
+    """Each replica normalizes its own examples, as in Keras; weights stay in step."""
+    model = trained("normalized", OPTIMIZERS["sgd"], 2, gradient_hooks=[support.sensitive])
+    assert_replicas_agree(model)
+    stock, ours = (
+        trained("normalized", OPTIMIZERS["sgd"], 2, model_class=kind)
+        for kind in (keras.Model, support.TapeModel)
+    )
+    support.assert_same_bits(ours, stock)
+
+
+def test_an_uneven_last_batch():
+    """Keras averages replicas alike: 13 examples are 7 and 6, each with half a say."""
+    model = trained(
+        "dense", OPTIMIZERS["sgd"], 2, batch_size=13, gradient_hooks=[support.sensitive]
+    )
+    assert_replicas_agree(model)
+    stock, ours = (
+        trained("dense", OPTIMIZERS["sgd"], 2, batch_size=13, model_class=kind)
+        for kind in (keras.Model, support.TapeModel)
+    )
+    support.assert_same_bits(ours, stock)
+
+
+@pytest.mark.parametrize("mode", ["mirrored_spe", "mirrored_eager"])
+@pytest.mark.parametrize("optimizer", ["sgd", "loss_scale"])
+def test_other_modes_on_replicas(mode, optimizer):
+    """Four steps in executions of three: the last one has a step of its own."""
+    options, num_replicas = support.MODES[mode]
+    one = trained("embedding", OPTIMIZERS[optimizer], gradient_hooks=_hooks())
+    other = trained(
+        "embedding", OPTIMIZERS[optimizer], num_replicas, gradient_hooks=_hooks(), **options
+    )
+    assert difference(other, one) < 1e-6
+    np.testing.assert_allclose(other.log["loss"], one.log["loss"], rtol=1e-5)
+    assert_replicas_agree(other)
+    assert int(other.optimizer.iterations.numpy()) == 4
+
+
+@pytest.mark.parametrize("micro_batches", [2, 5])
+def test_micro_batches_on_replicas(micro_batches):
+    options = {"gradient_hooks": _hooks()}
+    one = trained("embedding", OPTIMIZERS["sgd"], **options | {"gradient_hooks": _hooks()})
+    two = trained("embedding", OPTIMIZERS["sgd"], 2, micro_batches=micro_batches, **options)
+    assert difference(two, one) < 1e-6
+    assert_replicas_agree(two)

@@ -1,0 +1,269 @@
+"""Traces that go from trial to trial change no score, and nothing else either."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_tapefit import TapeModel, backward, hooks, tuning
+
+
+def hp_of(**values):
+    hp = keras_tuner.HyperParameters()
+    for name, value in values.items():
+        hp.Fixed(name, value)
+    return hp
+
+
+def fresh(hypermodel, **values):
+    """Builds a model as a tuner does for a trial."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    return hypermodel.build(hp_of(**values))
+
+
+def train(model, data, **kwargs):
+    x, y = data
+    kwargs = {"epochs": 2, "batch_size": 16, "verbose": 0, "validation_data": data, **kwargs}
+    return model.fit(x, y, **kwargs).history
+
+
+VALUES = [(0.01, 1.0), (0.05, 0.2), (0.002, 5.0)]
+
+
+def runs(build, data, reuse, values=VALUES):
+    hypermodel = tuning.TapeHyperModel(build, reuse=reuse, parts=())
+    found = []
+    for learning_rate, max_norm in values:
+        model = fresh(hypermodel, learning_rate=learning_rate, max_norm=max_norm)
+        history = train(model, data)
+        found.append((history, model.get_weights(), [v.numpy() for v in model.optimizer.variables]))
+    return hypermodel, found
+
+
+def assert_equal(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one[0] == other[0]
+        for a, b in zip(one[1] + one[2], other[1] + other[2], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_models_train_bit_for_bit_as_without_reuse(build, data):
+    hypermodel, reused = runs(build, data, True)
+    _, plain = runs(build, data, False)
+
+    assert hypermodel.history == ["traced", "reused", "reused"]
+    assert_equal(reused, plain)
+
+
+class Lazy(TapeModel):
+    def __init__(self, units):
+        super().__init__()
+        self.hidden = keras.layers.Dense(units, activation="tanh")
+        self.dropout = keras.layers.Dropout(0.3)
+        self.last = keras.layers.Dense(1)
+
+    def call(self, x, training=False):
+        return self.last(self.dropout(self.hidden(x), training=training))
+
+
+def lazy(hp):
+    model = Lazy(3)
+    model.compile(
+        keras.optimizers.SGD(hp.get("learning_rate"), momentum=0.9),
+        "mse",
+        gradient_hooks=[hooks.GlobalNormClipping(hp.get("max_norm")), hooks.GradientNoise(0.01)],
+        backward=backward.SharpnessAware(rho=hp.get("max_norm") / 50),
+    )
+    return model
+
+
+def test_a_lazy_subclass_with_random_hooks_and_a_live_rho(data):
+    hypermodel, reused = runs(lazy, data, True)
+    _, plain = runs(lazy, data, False)
+
+    assert hypermodel.history == ["traced", "reused", "reused"]
+    assert_equal(reused, plain)
+
+
+def test_a_reused_trace_is_not_traced_again(build, data, monkeypatch):
+    calls = []
+    step = TapeModel.train_step
+    monkeypatch.setattr(TapeModel, "train_step", lambda m, d: (calls.append(m), step(m, d))[1])
+    # A step that was replaced is one of the user's own, and such a model builds itself.
+    _, _ = runs(build, data, True, VALUES[:1])
+    once = len(calls)
+    monkeypatch.undo()
+    traces = []
+    hypermodel = tuning.TapeHyperModel(build, parts=())
+    for learning_rate, max_norm in VALUES:
+        model = fresh(hypermodel, learning_rate=learning_rate, max_norm=max_norm)
+        compute_loss = model._compute_loss
+        train(model, data)
+        traces.append((model, compute_loss))
+    assert once >= 1
+    assert hypermodel.history.count("reused") == 2
+
+
+def test_models_stay_independent_of_each_other(build, data):
+    hypermodel = tuning.TapeHyperModel(build, parts=())
+    x, y = data
+    first = fresh(hypermodel, learning_rate=0.01, max_norm=1.0)
+    train(first, data)
+    before = first.get_weights(), first.predict(x, verbose=0), first.evaluate(x, y, verbose=0)
+
+    second = fresh(hypermodel, learning_rate=0.05, max_norm=0.5)
+    train(second, data)
+    assert hypermodel.history == ["traced", "reused"]
+    after = first.get_weights(), first.predict(x, verbose=0), first.evaluate(x, y, verbose=0)
+    for a, b in zip(before[0], after[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(before[1], after[1])
+    assert before[2] == after[2]
+
+    # Both go on, each as if the other were not there.
+    train(first, data)
+    assert float(first.optimizer.learning_rate) == pytest.approx(0.01)
+    assert int(first.optimizer.iterations) == 12
+    assert int(second.optimizer.iterations) == 6
+    assert second.gradient_hooks["global_norm_clipping"].max_norm == 0.5
+    assert second.predict(x, verbose=0).shape == (48, 1)
+
+
+def test_a_model_that_was_replaced_goes_on_as_it_would_have(build, data):
+    ends = []
+    for reuse in (True, False):
+        hypermodel = tuning.TapeHyperModel(build, reuse=reuse, parts=())
+        first = fresh(hypermodel, learning_rate=0.01, max_norm=1.0)
+        train(first, data, shuffle=False)
+        second = fresh(hypermodel, learning_rate=0.05, max_norm=0.5)
+        train(second, data, shuffle=False)
+        history = train(first, data, shuffle=False)
+        ends.append((history, first.get_weights(), [v.numpy() for v in first.optimizer.variables]))
+    assert_equal(ends[:1], ends[1:])
+
+
+def test_other_shapes_of_data_are_traced_and_not_mixed_up(build, data):
+    hypermodel = tuning.TapeHyperModel(build, parts=())
+    train(fresh(hypermodel, learning_rate=0.01, max_norm=1.0), data)
+    model = fresh(hypermodel, learning_rate=0.01, max_norm=1.0)
+    history = train(model, data, batch_size=32)
+    plain = fresh(tuning.TapeHyperModel(build, reuse=False, parts=()), learning_rate=0.01, max_norm=1.0)
+
+    assert hypermodel.history == ["traced", "reused"]
+    assert history == train(plain, data, batch_size=32)
+
+
+def _dense(activation="tanh", rate=0.0, loss="mse", layer=None):
+    inputs = keras.Input((4,))
+    h = keras.layers.Dense(3, activation=activation)(inputs)
+    h = layer(h) if layer is not None else keras.layers.Dropout(rate)(h)
+    model = TapeModel(inputs, keras.layers.Dense(1)(h))
+    model.compile("sgd", loss)
+    return model
+
+
+class Hidden(keras.layers.Layer):
+    """A layer whose config does not tell all."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self._factor = factor
+
+    def call(self, x):
+        return x * self._factor
+
+    def get_config(self):
+        return {}
+
+
+def _lambda_loss(factor):
+    return lambda y, p: factor * keras.ops.mean((y - p) ** 2)
+
+
+FACTOR = 1.0
+
+
+def _global_loss(y, p):
+    return FACTOR * keras.ops.mean((y - p) ** 2)
+
+
+DIFFERENT = {
+    "activation": lambda i: _dense(activation=["tanh", "relu"][i]),
+    "rate of dropout": lambda i: _dense(rate=[0.1, 0.2][i]),
+    "loss": lambda i: _dense(loss=["mse", "mae"][i]),
+    "closure of a loss": lambda i: _dense(loss=_lambda_loss(1.0 + i)),
+    "config that omits": lambda i: _dense(layer=Hidden(1.0 + i)),
+    "Lambda layer": lambda i: _dense(layer=keras.layers.Lambda(lambda x, f=1.0 + i: f * x)),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_what_is_baked_into_a_trace_is_not_reused(what, data):
+    index = iter([0, 1])
+    hypermodel = tuning.TapeHyperModel(lambda hp: DIFFERENT[what](next(index)), parts=())
+    for _ in range(2):
+        train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    assert len(hypermodel.history) == 2
+    assert hypermodel.history[1].startswith("traced")
+
+
+def test_a_global_that_changes_is_noticed(data, monkeypatch):
+    hypermodel = tuning.TapeHyperModel(lambda hp: _dense(loss=_global_loss), parts=())
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    assert hypermodel.history[1] == "reused"
+    assert hypermodel.history[2].startswith("traced") and "FACTOR" in hypermodel.history[2]
+
+
+def test_random_operations_with_a_state_of_their_own_are_not_reused(data):
+    layer = keras.layers.Lambda(lambda x: x + tf.random.normal(tf.shape(x)))
+    layers = iter([layer, keras.layers.Lambda(layer.function)])
+    hypermodel = tuning.TapeHyperModel(lambda hp: _dense(layer=next(layers)), parts=())
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    assert "RandomStandardNormal" in hypermodel.history[1]
+
+
+def test_shared_layers_are_not_reused(data):
+    shared = keras.layers.Dense(3, name="shared")
+    shared.build((None, 3))
+    hypermodel = tuning.TapeHyperModel(lambda hp: _dense(layer=shared), parts=())
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    train(fresh(hypermodel), data, epochs=1, validation_data=None)
+    assert "reused" not in hypermodel.history
+
+
+def test_kinds_are_bounded_and_models_die(build, data):
+    hypermodel = tuning.TapeHyperModel(build, reuse=1, parts=())
+    references = []
+    for values in VALUES:
+        model = fresh(hypermodel, learning_rate=values[0], max_norm=values[1])
+        train(model, data, epochs=1)
+        references.append(weakref.ref(model))
+    del model
+    keras.utils.clear_session()
+    gc.collect()
+    # The first one's methods are in the trace.
+    assert [r() is not None for r in references] == [True, False, False]
+    assert len(hypermodel._pool) == 1
+    hypermodel.release()
+    gc.collect()
+    assert references[0]() is None
+
+
+def test_arguments_are_checked(build):
+    with pytest.raises(TypeError, match="`build` must be a function"):
+        tuning.TapeHyperModel(3)
+    with pytest.raises(ValueError, match="`reuse` must not be negative"):
+        tuning.TapeHyperModel(build, reuse=-1)
+    with pytest.raises(ValueError, match="`parts` must be some of"):
+        tuning.TapeHyperModel(build, parts=("clip",))

@@ -1,0 +1,250 @@
+"""TapeModels in the tuners of KerasTuner."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_tapefit import TapeModel, TapeSequential, hooks, tuning
+
+
+def fit_arguments(data, **kwargs):
+    x, y = data
+    return dict(x=x, y=y, validation_data=data, batch_size=16, verbose=0, epochs=1) | kwargs
+
+
+def assert_best_model_scores(tuner, data):
+    (model,) = tuner.get_best_models()
+    (best,) = tuner.oracle.get_best_trials()
+    found = model.evaluate(*data, batch_size=16, verbose=0, return_dict=True)
+    assert found["loss"] == best.score
+    return model
+
+
+@pytest.mark.parametrize("cls", ["RandomSearch", "BayesianOptimization"])
+def test_tuners_find_the_same_with_and_without_reuse(cls, search, build, data, all_scores):
+    found = []
+    for reuse in (False, True):
+        keras.utils.set_random_seed(0)
+        hypermodel = tuning.TapeHyperModel(build, reuse=reuse, parts=())
+        tuner = search(
+            hypermodel, getattr(keras_tuner, cls), max_trials=3, project_name=f"{cls}{reuse}"
+        )
+        tuner.search(**fit_arguments(data))
+        found.append(all_scores(tuner))
+        assert_best_model_scores(tuner, data)
+    assert hypermodel.history[:3] == ["traced", "reused", "reused"]
+    assert found[0] == found[1]
+    assert all({"val_loss", "gradient_norm", "skipped_steps"} <= set(m) for m in found[0].values())
+
+
+def test_hyperband_goes_on_from_earlier_trials(search, build, data, all_scores):
+    found = []
+    for reuse in (False, True):
+        keras.utils.set_random_seed(0)
+        hypermodel = tuning.TapeHyperModel(build, reuse=reuse, parts=())
+        tuner = search(
+            hypermodel, keras_tuner.Hyperband, max_epochs=3, factor=3, project_name=f"h{reuse}"
+        )
+        arguments = fit_arguments(data)
+        del arguments["epochs"]
+        tuner.search(**arguments)
+        found.append(all_scores(tuner))
+    assert set(hypermodel.history[1:]) == {"reused"}
+    assert found[0] == found[1]
+    assert_best_model_scores(tuner, data)
+
+
+def test_grid_search_with_executions_and_resume(search, build, data, all_scores):
+    def choices(hp):
+        hp.Choice("learning_rate", [0.01, 0.1])
+        hp.Fixed("max_norm", 1.0)
+        return build(hp)
+
+    hypermodel = tuning.TapeHyperModel(choices, parts=())
+    options = dict(cls=keras_tuner.GridSearch, executions_per_trial=2)
+    tuner = search(hypermodel, max_trials=1, **options)
+    tuner.search(**fit_arguments(data))
+    first = all_scores(tuner)
+    resumed = search(hypermodel, max_trials=2, **options)
+    resumed.search(**fit_arguments(data))
+    after = all_scores(resumed)
+    assert len(first) == 1 and len(after) == 2
+    assert first.items() <= after.items()
+    assert hypermodel.history == ["traced"] + ["reused"] * 3
+
+
+def test_arguments_of_the_tuner_keep_the_hooks(search, build, data):
+    seen = []
+
+    class Tuner(keras_tuner.RandomSearch):
+        def on_epoch_end(self, trial, model, epoch, logs=None):
+            seen.append((type(model.optimizer).__name__, len(model.gradient_hooks), sorted(logs)))
+
+    tuner = search(
+        tuning.TapeHyperModel(build, parts=()), Tuner,
+        optimizer=keras.optimizers.SGD(0.01), loss="mae", metrics=["mse"],
+        objective=keras_tuner.Objective("gradient_norm", "min"),
+    )
+    tuner.search(**fit_arguments(data))
+    assert len(seen) == 2
+    optimizer, num_hooks, logs = seen[-1]
+    assert (optimizer, num_hooks) == ("SGD", 3)
+    assert {"gradient_norm", "skipped_steps", "mse"} <= set(logs)
+    assert tuner.oracle.get_best_trials()[0].score > 0
+
+
+def test_a_run_trial_of_ones_own(search, build, data):
+    class Tuner(keras_tuner.RandomSearch):
+        def run_trial(self, trial, x, y):
+            model = self.hypermodel.build(trial.hyperparameters)
+            model.fit(x, y, verbose=0)
+            return {"val_loss": model.evaluate(x, y, verbose=0, return_dict=True)["loss"]}
+
+    tuner = search(tuning.TapeHyperModel(build, parts=()), Tuner)
+    tuner.search(*data)
+    assert all(t.status == "COMPLETED" for t in tuner.oracle.trials.values())
+
+
+def test_a_hyper_model_with_a_fit_of_its_own(search, build, data):
+    class Own(keras_tuner.HyperModel):
+        def build(self, hp):
+            return build(hp)
+
+        def fit(self, hp, model, x, y, **kwargs):
+            model.fit(x, y, batch_size=hp.Choice("batch_size", [8, 16]), **kwargs)
+            return model.evaluate(x, y, verbose=0)[0]
+
+    hypermodel = tuning.TapeHyperModel(Own(), parts=())
+    tuner = search(hypermodel, max_trials=3)
+    tuner.search(*data, verbose=0)
+    assert hypermodel.history[0] == "traced" and set(hypermodel.history[1:]) == {"reused"}
+
+
+def test_models_of_trials_die(search, build, data):
+    references = []
+
+    def remembered(hp):
+        model = build(hp)
+        references.append(weakref.ref(model))
+        return model
+
+    tuner = search(remembered)
+    tuner.search(**fit_arguments(data))
+    keras.utils.clear_session()
+    gc.collect()
+    assert len(references) >= 3
+    assert [reference() for reference in references] == [None] * len(references)
+
+
+def test_a_strategy(search, build, data):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    hypermodel = tuning.TapeHyperModel(build, parts=())
+    tuner = search(hypermodel, max_trials=1, distribution_strategy=strategy)
+    tuner.search(**fit_arguments(data))
+    assert hypermodel.history == ["traced anew: the model is trained under a `tf.distribute` strategy"]
+    assert_best_model_scores(tuner, data)
+
+
+class Net(TapeModel):
+    def __init__(self, units=3):
+        super().__init__()
+        self.hidden = keras.layers.Dense(units)
+        self.last = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.last(self.hidden(x))
+
+
+class PlainNet(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(3)
+        self.last = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.last(self.hidden(x))
+
+
+KINDS = {
+    "sequential": lambda: TapeSequential([keras.layers.Dense(3), keras.layers.Dense(1)]),
+    "subclass": Net,
+    "wrapper": lambda: TapeModel.from_model(PlainNet()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_best_models_score_as_the_oracle_says(kind, search, data):
+    def build(hp):
+        model = KINDS[kind]()
+        model.compile(
+            keras.optimizers.SGD(hp.Float("learning_rate", 0.01, 0.1)),
+            "mse",
+            gradient_hooks=[hooks.GlobalNormClipping(1.0)],
+        )
+        return model
+
+    hypermodel = tuning.TapeHyperModel(build)
+    tuner = search(hypermodel)
+    tuner.search(**fit_arguments(data))
+    assert hypermodel.history == ["traced", "reused"]
+    assert_best_model_scores(tuner, data)
+
+
+class Adversarial(TapeModel):
+    """A GAN: a step of its own, two optimizers, and no `call`."""
+
+    def __init__(self, lazy=False):
+        super().__init__()
+        first = [] if lazy else [keras.Input((2,))]
+        self.generator = keras.Sequential([*first, keras.layers.Dense(4)])
+        self.critic = keras.Sequential([keras.layers.Dense(1)])
+        self.generator_loss = keras.metrics.Mean(name="generator_loss")
+
+    def compile(self, learning_rate):
+        super().compile()
+        self.optimizers = [keras.optimizers.SGD(learning_rate) for _ in range(2)]
+
+    @property
+    def metrics(self):
+        return [self.generator_loss]
+
+    def train_step(self, data):
+        noise = tf.ones((tf.shape(data)[0], 2))
+        with self.gradient_tape(persistent=True) as tape:
+            fake = self.generator(noise)
+            bluff = tf.reduce_mean(tf.nn.softplus(-self.critic(fake)))
+            doubt = tf.reduce_mean(tf.nn.softplus(self.critic(fake) - self.critic(data)))
+        pairs = [(bluff, self.generator), (doubt, self.critic)]
+        for (loss, part), optimizer in zip(pairs, self.optimizers, strict=True):
+            tape.minimize(loss, part.trainable_variables, optimizer)
+        self.generator_loss.update_state(bluff)
+        return {"generator_loss": self.generator_loss.result()}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_best_gan_comes_back(lazy, search, data):
+    def build(hp):
+        model = Adversarial(lazy)
+        model.compile(hp.Float("learning_rate", 0.01, 0.1))
+        return model
+
+    tuner = search(
+        tuning.TapeHyperModel(build, parts=()),
+        objective=keras_tuner.Objective("generator_loss", "min"),
+    )
+    weights = {}
+    tuner.on_epoch_end = lambda trial, model, epoch, logs=None: weights.update(
+        {trial.trial_id: model.generator.get_weights()}
+    )
+    tuner.search(data[0], epochs=1, verbose=0)
+    (model,) = tuner.get_best_models()
+    best = tuner.oracle.get_best_trials()[0].trial_id
+    for found, kept in zip(model.generator.get_weights(), weights[best], strict=True):
+        np.testing.assert_array_equal(found, kept)

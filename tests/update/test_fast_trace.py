@@ -1,0 +1,214 @@
+"""`update_step` traced once a kind of variable: the same weights, bit for bit."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_tapefit import TapeModel, hooks
+from keras_tapefit.update import fast_trace, optimizers
+
+SHAPES = [(4, 3), (3,), (4, 3), (3,), (3, 4), (), (2, 3, 4), (2, 3, 4)]
+
+ALL = {
+    "Adadelta": keras.optimizers.Adadelta,
+    "Adafactor": keras.optimizers.Adafactor,
+    "Adagrad": keras.optimizers.Adagrad,
+    "Adam": keras.optimizers.Adam,
+    "Adam amsgrad": lambda: keras.optimizers.Adam(amsgrad=True),
+    "Adam schedule": lambda: keras.optimizers.Adam(
+        keras.optimizers.schedules.ExponentialDecay(0.01, 2, 0.5)
+    ),
+    "AdamW": keras.optimizers.AdamW,
+    "Adamax": keras.optimizers.Adamax,
+    "Ftrl": keras.optimizers.Ftrl,
+    "Lamb": keras.optimizers.Lamb,
+    "Lion": keras.optimizers.Lion,
+    "Nadam": keras.optimizers.Nadam,
+    "RMSprop": lambda: keras.optimizers.RMSprop(momentum=0.9, centered=True),
+    "SGD": keras.optimizers.SGD,
+    "SGD momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "SGD average": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=3),
+    "clipped": lambda: keras.optimizers.Adam(clipnorm=0.5, weight_decay=0.01),
+    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+}
+ALL |= {
+    name: getattr(keras.optimizers, name)
+    for name in ("Muon", "ScheduleFreeAdamW")
+    if hasattr(keras.optimizers, name)
+}
+
+
+def make_variables():
+    rng = np.random.default_rng(0)
+    return [
+        keras.Variable(rng.standard_normal(shape).astype("float32"), name=f"v{i}")
+        for i, shape in enumerate(SHAPES)
+    ]
+
+
+def train(optimizer, fast, num_steps=7, sparse=False, jit_compile=False):
+    """Returns all values after some steps, and what stood in for `update_step`."""
+    variables = make_variables()
+    optimizers.build(optimizer, variables)
+    seen = []
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def step(gradients):
+        if sparse:
+            first = tf.IndexedSlices(gradients[0][:2], tf.constant([0, 2]), tf.constant([4, 3]))
+            gradients = [first, *gradients[1:]]
+        leaves = list(optimizers.leaves(optimizer))
+        with fast_trace.traced_once(leaves if fast else []):
+            seen.extend(leaf.__dict__.get("update_step") for leaf in leaves)
+            optimizer.apply(gradients, variables)
+
+    rng = np.random.default_rng(1)
+    for _ in range(num_steps):
+        step([tf.constant(rng.standard_normal(shape), tf.float32) for shape in SHAPES])
+    values = [v.numpy() for v in variables] + [np.asarray(v) for v in optimizer.variables]
+    return values, seen[0]
+
+
+def assert_equal_bitwise(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_and_slots_are_stock_keras_bit_for_bit(name):
+    fast, used = train(ALL[name](), True)
+    stock, _ = train(ALL[name](), False)
+    assert_equal_bitwise(fast, stock)
+    assert not used._gave_up
+    # (4, 3), (3,), (3, 4), () and (2, 3, 4)
+    assert len(used._functions) == 5
+
+
+def test_under_xla_the_weights_are_the_same():
+    fast, used = train(keras.optimizers.AdamW(), True, jit_compile=True)
+    stock, _ = train(keras.optimizers.AdamW(), False, jit_compile=True)
+    assert not used._gave_up
+    for left, right in zip(fast, stock, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-7)
+
+
+def test_sparse_gradients_are_traced_as_ever():
+    fast, used = train(keras.optimizers.Adam(), True, sparse=True)
+    stock, _ = train(keras.optimizers.Adam(), False, sparse=True)
+    assert_equal_bitwise(fast, stock)
+    assert not used._gave_up
+
+
+class Own(keras.optimizers.SGD):
+    """An optimizer of the user's own; `factor` says how it tells variables apart."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.factors = [1.0 + i for i in range(len(variables))]
+        self.by_path = {v.path: 1.0 + i for i, v in enumerate(variables)}
+        self.by_place = {i: 1.0 + i for i in range(len(variables))}
+        self.nested = {"factors": list(self.factors)} if self.factor is Own.by_nested else None
+        self.calls = 0
+        self.total = self.add_variable((), name="total")
+
+    def factor(self, variable):
+        return 1.0
+
+    def by_list(self, variable):
+        return self.factors[self._get_variable_index(variable)]
+
+    def by_name(self, variable):
+        return 2.0 if variable.name.startswith("v1") else 1.0
+
+    def by_place_in_dict(self, variable):
+        return self.by_place[self._get_variable_index(variable)]
+
+    def by_nested(self, variable):
+        return self.nested["factors"][self._get_variable_index(variable)]
+
+    def by_comparison(self, variable):
+        return 2.0 if self._get_variable_index(variable) == 0 else 1.0
+
+    def by_count(self, variable):
+        self.calls += 1
+        return float(self.calls)
+
+    def by_shared_sum(self, variable):
+        self.total.assign_add(1.0)
+        return self.total.value
+
+    def by_number(self, variable):
+        return 1.0 + int(self._get_variable_index(variable))
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient * self.factor(variable), variable, learning_rate)
+
+
+WAYS = ["by_list", "by_name", "by_place_in_dict", "by_nested", "by_comparison"]
+WAYS += ["by_count", "by_shared_sum", "by_number"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_tells_variables_apart_is_followed(way):
+    def make():
+        kind = type("Own", (Own,), {"factor": getattr(Own, way)})
+        if way == "by_nested":
+            kind.build = with_nested
+        return kind(0.1)
+
+    def with_nested(self, variables):
+        Own.build(self, variables)
+        self.nested = {"factors": list(self.factors)}
+
+    fast, used = train(make(), True)
+    stock, _ = train(make(), False)
+    assert_equal_bitwise(fast, stock)
+    assert used._gave_up == (way != "by_list")
+
+
+def test_a_user_may_turn_it_off():
+    optimizer = keras.optimizers.Adam()
+    optimizer.trace_update_once = False
+    assert train(optimizer, True)[1] is None
+
+
+def test_it_leaves_no_trace_on_the_optimizer():
+    optimizer = keras.optimizers.Adam()
+    train(optimizer, True)
+    assert "update_step" not in vars(optimizer)
+    assert "_get_variable_index" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_fitted_model_is_stock_keras_bit_for_bit(gated):
+    x = np.random.default_rng(0).standard_normal((48, 4)).astype("float32")
+
+    def fitted(cls, **arguments):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        outputs = inputs
+        for _ in range(4):
+            outputs = keras.layers.Dense(4, "relu", kernel_constraint="unit_norm")(outputs)
+        model = cls(inputs, keras.layers.Dense(1)(outputs))
+        model.compile(keras.optimizers.AdamW(), "mse", jit_compile=False, **arguments)
+        model.fit(x, x[:, :1], epochs=3, batch_size=16, verbose=0)
+        return [*model.get_weights(), *map(np.asarray, model.optimizer.variables)]
+
+    arguments = {"gradient_hooks": [hooks.SkipNonFinite()]} if gated else {}
+    assert_equal_bitwise(fitted(TapeModel, **arguments), fitted(keras.Model))
+
+
+def test_the_private_names_of_keras_are_as_expected():
+    optimizer = keras.optimizers.Adam()
+    variables = make_variables()
+    optimizer.build(variables)
+    assert len(optimizer._trainable_variables_indices) == len(variables)
+    assert optimizer._get_variable_index(variables[3].value) == 3
+    assert isinstance(optimizer._variables, list)
+    seen = []
+    optimizer.__dict__["update_step"] = lambda *arguments: seen.append(arguments)
+    optimizer.apply([tf.zeros(shape) for shape in SHAPES])
+    assert [v.value is given for v, (_, given, _) in zip(variables, seen, strict=True)]
+    assert all(isinstance(given, tf.Variable) for _, given, _ in seen)
