@@ -176,3 +176,19 @@ def test_gan(run, tmp_path):
     image = imread(tmp_path / "gan.png")
     assert image.shape[0] >= 300 and image.shape[1] >= 600
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+
+
+# KerasTuner loads weights into a model whose optimizer has no state yet.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
+def test_tune(run, tmp_path):
+    output = tmp_path / "best.keras"
+    _, lines = run("tune", "--max-trials", "4", "--epochs", "2", "--output", str(output))
+
+    trials = matches(rf"^ *(\d) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", lines)
+    assert {trial[1] for trial in trials} == set("0123")
+    scores = [float(trial[5]) for trial in trials]
+    assert scores == sorted(scores, reverse=True)
+    assert "traced: 1 of 4 trials" in lines
+    (accuracy,) = matches(f"best model, saved and loaded: {NUMBER}", lines)
+    assert float(accuracy[1]) > 0.5
+    assert output.exists()

@@ -19,9 +19,7 @@ class Backpropagation(GradientMethod):
     ```
     """
 
-    def compute(
-        self, objective: Objective, batch: tuple[Any, Any, Any]
-    ) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: tuple[Any, Any, Any]) -> tuple[Gradients, Any]:
         with objective.tape() as tape:
             loss, outputs = objective.loss(batch)
         variables = objective.variables()

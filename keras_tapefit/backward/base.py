@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
 
-
 Batch = tuple[Any, Any, Any]
 """`(x, y, sample_weight)`."""
 
@@ -144,15 +143,14 @@ class GradientMethod:
     """
 
     takes_parts: ClassVar[bool] = True
+    _live: dict[str, tf.Variable]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GradientMethod:
         self = super().__new__(cls)
-        self._live: dict[str, tf.Variable] = {}
+        self._live = {}
         return self
 
-    def compute(
-        self, objective: Objective, batch: tuple[Any, Any, Any]
-    ) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: tuple[Any, Any, Any]) -> tuple[Gradients, Any]:
         """Returns the gradients of the loss on a batch, and the model's outputs.
 
         Args:
@@ -218,9 +216,9 @@ class LiveNumber:
             raise TypeError(f"`{self._name}` must be a number. {text}")
         if not math.isfinite(value):
             raise ValueError(f"`{self._name}` must be finite. {text}")
-        if self._above is not None and not value > self._above:
+        if self._above is not None and not float(value) > self._above:
             raise ValueError(f"`{self._name}` must be a positive number. {text}")
-        if self._minimum is not None and not value >= self._minimum:
+        if self._minimum is not None and not float(value) >= self._minimum:
             raise ValueError(f"`{self._name}` must be zero or a positive number. {text}")
         method.__dict__[self._name] = value
         if self._name in method._live:

@@ -75,7 +75,9 @@ class MicroBatches(GradientMethod):
 
         def computed() -> Any:
             part = self._part(objective, batch, start, stop)
-            values = [g for g, none in zip(part.gradients.values(), missing, strict=True) if not none]
+            values = [
+                g for g, none in zip(part.gradients.values(), missing, strict=True) if not none
+            ]
             masks = [m for m in part.masks if m is not None]
             return values, part.outputs, masks, part.loss, part.weight, part.norm
 
@@ -132,4 +134,3 @@ def _nothing_like(gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient.values[:0], gradient.indices[:0], gradient.dense_shape)
     return tf.zeros_like(gradient)
-

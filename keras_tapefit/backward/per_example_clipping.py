@@ -132,7 +132,6 @@ class PerExampleClipping(GradientMethod):
     ) -> tuple[list[Any], tf.Tensor]:
         """Returns the sum of the clipped gradients, by variable, and whether one of them
         overflowed for the loss scale alone."""
-        variables = objective.variables()
         missing: list[bool] = []
 
         def one(inputs: Any) -> Any:
@@ -178,7 +177,7 @@ class PerExampleClipping(GradientMethod):
             return tf.tensordot(tf.cast(shares, values.dtype), values, 1)
 
         overflow = tf.constant(False)
-        if is_dynamic:
+        if is_dynamic and scale is not None:
             # Where the loss is a number the fault is the scale's, while there is one.
             lost = counted & ~finite & tf.math.is_finite(losses)
             overflow = tf.reduce_any(lost) & (scale > 1.0)

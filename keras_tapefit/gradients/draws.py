@@ -38,7 +38,10 @@ def bits(num_pairs: int, key: tuple[Any, Any]) -> tuple[tf.Tensor, tf.Tensor]:
     for i in range(_NUM_ROUNDS):
         turn = _ROTATIONS[i % 8]
         x += y
-        y = x ^ (tf.bitwise.left_shift(y, _fill(y, turn)) | tf.bitwise.right_shift(y, _fill(y, 32 - turn)))
+        y = x ^ (
+            tf.bitwise.left_shift(y, _fill(y, turn))
+            | tf.bitwise.right_shift(y, _fill(y, 32 - turn))
+        )
         if i % 4 == 3:
             block = i // 4 + 1
             x += keys[block % 3]

@@ -70,10 +70,13 @@ class SkipNonFinite(GradientHook):
             return gradients
         places = {id(v): i for i, v in enumerate(self._watched)}
         culprits = tf.constant([places[id(v)] for _, v in present], tf.int64)
+        last = culprits[-1]
 
         def look() -> tuple[tf.Tensor, tf.Tensor]:
             finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
-            return ~tf.reduce_all(finite), culprits[tf.argmin(tf.cast(finite, tf.int32))]
+            # Not `argmin`: with it in the program, XLA on CPUs has reads of weights after
+            # the update give what was before it.
+            return ~tf.reduce_all(finite), tf.reduce_min(tf.where(finite, last, culprits))
 
         # A finite norm has finite parts only; it is there already where another hook asks.
         fine = tf.math.is_finite(gradients.global_norm())

@@ -61,9 +61,7 @@ def keras_jit_compile(model: Any, jit_compile: Any, run_eagerly: bool) -> Any:
     if jit_compile != "update":
         return jit_compile
     if run_eagerly:
-        warnings.warn(
-            "`jit_compile='update'` has no effect with `run_eagerly=True`.", stacklevel=3
-        )
+        warnings.warn("`jit_compile='update'` has no effect with `run_eagerly=True`.", stacklevel=3)
     elif keras_trainer.strategy_of(model) is not None:
         warnings.warn(
             "`jit_compile='update'` has no effect under a `tf.distribute` strategy: the "

@@ -2,8 +2,8 @@
 
 Private names used here: `keras.src.models.functional.Functional`,
 `keras.src.models.cloning._clone_sequential_model`, `keras.src.utils.naming.auto_name`,
-`Sequential._layers`, `Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/models/test_private_names.py`
-fails when they change.
+`Sequential._layers`, `Layer._flatten_layers`. Checked with Keras 3.15.1;
+`tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations

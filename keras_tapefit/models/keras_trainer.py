@@ -4,10 +4,12 @@ Private names used here: `Model._compute_loss`, `_loss_tracker`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
 `TFEpochIterator._distributed_dataset`,
-`keras.src.backend.tensorflow.trainer.reduce_per_replica`, `_compile_loss`, `CompileLoss._flat_losses`, `_aggregate_additional_loss`,
+`_compile_loss`, `CompileLoss._flat_losses`, `_aggregate_additional_loss`,
+`keras.src.backend.tensorflow.trainer.reduce_per_replica`,
 `keras.src.losses.loss.unscale_loss_for_distribution` and
 `scale_loss_for_distribution`, and of
-`keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`. Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
+`keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`.
+Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -51,9 +53,7 @@ def build_losses(model: Any, batch: tuple[Any, Any, Any]) -> None:
         model._symbolic_build(data_batch=batch)
 
 
-def separate_losses(
-    model: Any, batch: tuple[Any, Any, Any], y_pred: Any
-) -> tuple[Any, list[Any]]:
+def separate_losses(model: Any, batch: tuple[Any, Any, Any], y_pred: Any) -> tuple[Any, list[Any]]:
     """Calls `compute_loss`, and listens to the losses that it calls in turn.
 
     Returns:
@@ -65,7 +65,8 @@ def separate_losses(
         item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
         for item in compiled._flat_losses
     ]
-    _heard.values = heard = []
+    heard: list[Any] = []
+    _heard.values = heard
     try:
         total = compute_loss(model, batch, y_pred, training=True)
     finally:
@@ -123,9 +124,7 @@ def track_loss(model: Any, loss: Any, x: Any) -> None:
 
 def update_tracker(model: Any, loss: Any, weight: Any) -> None:
     """Adds the loss of a replica's part of a batch to the epoch mean, by its weight."""
-    model._loss_tracker.update_state(
-        unscale_loss_for_distribution(loss), sample_weight=weight
-    )
+    model._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=weight)
 
 
 def batch_size(x: Any) -> tf.Tensor:
@@ -213,6 +212,11 @@ def strategy_of(model: Any) -> Any:
     if strategy is None and tf.distribute.has_strategy():
         return tf.distribute.get_strategy()
     return strategy
+
+
+def keep_strategy(model: Any) -> None:
+    """Has a model belong to the strategy it is trained with."""
+    model._distribute_strategy = strategy_of(model)
 
 
 def symbolic_build(model: Any, data_batch: Any) -> None:

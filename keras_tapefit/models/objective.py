@@ -97,7 +97,11 @@ class ModelObjective:
 
     def steps(self) -> tf.Tensor:
         optimizer = self._model.optimizer
-        return tf.constant(0, tf.int64) if optimizer is None else tf.cast(optimizer.iterations, tf.int64)
+        return (
+            tf.constant(0, tf.int64)
+            if optimizer is None
+            else tf.cast(optimizer.iterations, tf.int64)
+        )
 
     def layers(self) -> list[Any]:
         return trainable.layers_of(self._model)

@@ -19,8 +19,8 @@ from keras_tapefit.models.saved_state import SavedState
 from keras_tapefit.models.shared import SharedTraces, TracedFunction
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.accumulation import Accumulation
-from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.compiled import update_compiled
+from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, may_reject, update
 from keras_tapefit.update.watch import Watch
 

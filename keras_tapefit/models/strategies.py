@@ -26,6 +26,8 @@ def has_workers(model: Any) -> bool:
 def check_scope(model: Any, with_model: bool = True) -> None:
     """Refuses a model or an optimizer that was not made in the scope it is trained in.
 
+    A model that has no variables yet belongs to that strategy from now on.
+
     Args:
         model: the model.
         with_model: whether to look at its own variables too.
@@ -47,6 +49,8 @@ def check_scope(model: Any, with_model: bool = True) -> None:
             "outside. Make the model inside `with strategy.scope():`, the optimizer too, "
             "or pass the optimizer by name; `fit` may be called outside."
         )
+    if with_model:
+        keras_trainer.keep_strategy(model)
 
 
 def needs_own_function(model: Any) -> bool:
@@ -54,6 +58,15 @@ def needs_own_function(model: Any) -> bool:
     strategy = keras_trainer.strategy_of(model)
     several = strategy is not None and strategy.num_replicas_in_sync > 1
     return has_workers(model) or (several and model.steps_per_execution > 1)
+
+
+def needs_own_build(model: Any) -> bool:
+    """Whether Keras averages batches of replicas to learn their shapes.
+
+    It fails where their shares are not alike, and where they are on several machines.
+    """
+    strategy = keras_trainer.strategy_of(model)
+    return has_workers(model) or (strategy is not None and strategy.num_replicas_in_sync > 1)
 
 
 def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -187,7 +187,7 @@ class TapeTrainer:
             if not own_step:
                 # Before the first trace, which may be another model's.
                 keras_trainer.build_from_spec(self, iterator)
-        if iterator is None or not strategies.has_workers(self):
+        if iterator is None or not strategies.needs_own_build(self):
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
             return
         keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))

@@ -320,6 +320,11 @@ class Fingerprint:
     def _hook(self, hook: GradientHook, attributes: dict[str, Any]) -> None:
         for name in _OF_HOOK:
             attributes.pop(name, None)
+        positions = {id(v): i for i, v in enumerate(hook._model_variables or [])}
+        for name, value in attributes.items():
+            if isinstance(value, dict) and value and value.keys() <= positions.keys():
+                attributes[name] = {positions[key]: item for key, item in value.items()}
+                self._kept.append(attributes[name])
         for name in hook._number_variables:
             # Live: its value is in a variable.
             attributes.pop(name, None)

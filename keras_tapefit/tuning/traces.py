@@ -217,11 +217,7 @@ def _is_harmless(name: str) -> bool:
     if definition is None:
         # A function of the graph's own library, whose operations are looked at too.
         return True
-    return (
-        not definition.is_stateful
-        or name in _HARMLESS
-        or name.startswith(_HARMLESS_PREFIXES)
-    )
+    return not definition.is_stateful or name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
 
 
 def _functions_in(value: Any, seen: set[int]) -> Iterator[Any]:

@@ -57,10 +57,10 @@ class _Index(int):
     def _refuse(self, *_: Any) -> Any:
         raise _Differs
 
-    __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = _refuse  # type: ignore[assignment]
-    __bool__ = __int__ = __str__ = __repr__ = __float__ = __format__ = _refuse  # type: ignore[assignment]
-    __truediv__ = __floordiv__ = __pow__ = __neg__ = __and__ = __or__ = _refuse  # type: ignore[assignment]
+    __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = _refuse
+    __bool__ = __int__ = __str__ = __repr__ = __float__ = __format__ = _refuse
+    __truediv__ = __floordiv__ = __pow__ = __neg__ = __and__ = __or__ = _refuse
 
 
 @contextlib.contextmanager
@@ -345,13 +345,14 @@ def _restore(optimizer: Any, before: dict[str, Any]) -> bool:
 
 def _stand_in(variable: Any) -> Any:
     """Returns a variable with the same handle that does not tell who it is."""
-    stand_in = object.__new__(_anonymous(type(variable)))
+    kind: Any = type(variable)
+    stand_in: Any = object.__new__(_anonymous(kind))
     object.__getattribute__(stand_in, "__dict__").update(vars(variable))
     return stand_in
 
 
 @functools.cache
-def _anonymous(cls: type) -> type:
+def _anonymous(cls: Any) -> type:
     def get(self: Any, name: str) -> Any:
         if name not in _ALIKE:
             asking = sys._getframe(1).f_globals.get("__name__", "")

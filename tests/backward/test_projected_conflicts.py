@@ -39,7 +39,9 @@ def two(directions, **kwargs):
 
     model = Pair()
     model.compile("sgd", backward=backward.ProjectedConflicts(tasks, **kwargs))
-    (gradient,) = model.compute_gradients(np.ones((4, 2), "float32"), np.ones((4, 2), "float32")).values()
+    (gradient,) = model.compute_gradients(
+        np.ones((4, 2), "float32"), np.ones((4, 2), "float32")
+    ).values()
     return gradient.numpy()
 
 
@@ -130,7 +132,9 @@ def test_equals_the_rule_in_every_mode(mode, losses):
     model = trained(mode, make, X, Y, backward=method, **kwargs)
     assert_same_weights(model, by_hand(make, by_rule, X, Y))
     plain = trained(mode, make, X, Y, loss=LOSSES, loss_weights=WEIGHTS)
-    moved = [np.abs(a - b).max() for a, b in zip(model.get_weights(), plain.get_weights(), strict=True)]
+    moved = [
+        np.abs(a - b).max() for a, b in zip(model.get_weights(), plain.get_weights(), strict=True)
+    ]
     assert max(moved) > 1e-3
 
 
@@ -194,7 +198,9 @@ def test_embeddings_that_one_task_only_uses():
     shared = layers.Embedding(6, 3)(inputs)
     other = layers.Embedding(6, 3)(inputs)
     joined = layers.Add()([shared, other])
-    model = TapeModel(inputs, {"a": layers.Dense(1, name="a")(shared), "b": layers.Dense(1, name="b")(joined)})
+    model = TapeModel(
+        inputs, {"a": layers.Dense(1, name="a")(shared), "b": layers.Dense(1, name="b")(joined)}
+    )
     model.compile("sgd", {"a": "mse", "b": "mse"}, backward=backward.ProjectedConflicts())
     ids = RNG.integers(0, 6, size=8)
     targets = {name: Y[name][:8] for name in "ab"}
@@ -227,7 +233,9 @@ def registered_tasks(y_true, y_pred):
     return [tf.reduce_mean(y_pred), -tf.reduce_mean(y_true - y_pred)]
 
 
-@pytest.mark.parametrize("arguments", [{"tasks": None, "seed": 3}, {"tasks": registered_tasks, "seed": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"tasks": None, "seed": 3}, {"tasks": registered_tasks, "seed": 0}]
+)
 def test_config(arguments):
     method = backward.ProjectedConflicts(**arguments)
     assert set(method.get_config()) == set(arguments)

@@ -161,7 +161,13 @@ def test_synchronized_replicas_equal_one_device():
     alone = by_hand(plain, sam_by_assigning(0.2), X, Y)
     assert_same_weights(model, alone)
     apart = by_hand(plain, sam_by_assigning(0.2, num_replicas=2), X, Y)
-    assert max(np.abs(a - b).max() for a, b in zip(apart.get_weights(), alone.get_weights(), strict=True)) > 1e-4
+    assert (
+        max(
+            np.abs(a - b).max()
+            for a, b in zip(apart.get_weights(), alone.get_weights(), strict=True)
+        )
+        > 1e-4
+    )
 
 
 def test_batch_normalization_on_replicas_with_every():
@@ -265,7 +271,9 @@ def test_embeddings(mode, every):
     ids = RNG.integers(0, 5, size=(BATCH * NUM_STEPS, 4))
 
     def model(first):
-        return TapeSequential([keras.Input((4,), dtype="int32"), *first, layers.Flatten(), layers.Dense(2)])
+        return TapeSequential(
+            [keras.Input((4,), dtype="int32"), *first, layers.Flatten(), layers.Dense(2)]
+        )
 
     table = keras.initializers.RandomNormal(seed=1)
     sparse = lambda: model([layers.Embedding(5, 3, embeddings_initializer=table)])  # noqa: E731

@@ -46,7 +46,6 @@ def trained(
     return model
 
 
-
 def by_hand(make: Callable[[], Any], gradients: Callable[..., Any], x: Any, y: Any) -> Any:
     """Trains a model with gradients that a function computes, and stock Keras."""
     keras.utils.clear_session()
@@ -57,7 +56,6 @@ def by_hand(make: Callable[[], Any], gradients: Callable[..., Any], x: Any, y: A
         batch = keras.tree.map_structure(lambda v: tf.constant(v[i : i + BATCH]), (x, y))  # noqa: B023
         optimizer.apply(gradients(model, *batch, i // BATCH), model.trainable_variables)
     return model
-
 
 
 def assert_same_weights(model: Any, expected: Any, atol: float = 2e-6) -> None:

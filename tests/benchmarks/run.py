@@ -1,7 +1,7 @@
 """Measures what the library costs and saves, and writes the page about it.
 
-    python -m tests.benchmarks.run                      # a short run, printed
-    python -m tests.benchmarks.run --full --write docs/performance.md
+python -m tests.benchmarks.run                      # a short run, printed
+python -m tests.benchmarks.run --full --write docs/performance.md
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def three_hooks() -> list[Any]:
     return [hooks.SkipNonFinite(), hooks.GradientMonitor(), hooks.GlobalNormClipping(1.0)]
 
 
+def one_hook() -> list[Any]:
+    return [hooks.GlobalNormClipping(1.0)]
+
+
+def stock_clipping() -> Any:
+    return keras.optimizers.Adam(global_clipnorm=1.0)
+
+
 def compiled(workload: Any, cls: Any, optimizer: Any, **arguments: Any) -> Any:
     model = workload.build(cls)
     arguments.setdefault("jit_compile", False)
@@ -52,8 +60,11 @@ def first_steps(full: bool, rounds: int) -> Iterator[Row]:
                     run = timing.steps_of(model, workload.x, workload.y, 1)
                     measured.append(timing.stopwatch(run))
             for side, goal in (("no hooks", "0.33"), ("three hooks", "0.40")):
-                yield f"{workload.name}, {name}", side, goal, timing.ratio(
-                    times[side], times["stock"]
+                yield (
+                    f"{workload.name}, {name}",
+                    side,
+                    goal,
+                    timing.ratio(times[side], times["stock"]),
                 )
 
 
@@ -65,15 +76,13 @@ def steps(full: bool, rounds: int) -> Iterator[Row]:
         subjects += [workloads.resnet()]
     for workload in subjects:
         number = 200 if workload.name == "small MLP" else 5
-        clip = lambda: keras.optimizers.Adam(global_clipnorm=1.0)  # noqa: E731
-        one = lambda: [hooks.GlobalNormClipping(1.0)]  # noqa: E731
         models = {
-            "stock": compiled(workload, keras.Model, clip()),
-            "no hooks": compiled(workload, TapeModel, clip()),
-            "clip hook": compiled(workload, TapeModel, "adam", gradient_hooks=one()),
+            "stock": compiled(workload, keras.Model, stock_clipping()),
+            "no hooks": compiled(workload, TapeModel, stock_clipping()),
+            "clip hook": compiled(workload, TapeModel, "adam", gradient_hooks=one_hook()),
             "three hooks": compiled(workload, TapeModel, "adam", gradient_hooks=three_hooks()),
             'clip hook, jit_compile="update"': compiled(
-                workload, TapeModel, "adam", gradient_hooks=one(), jit_compile="update"
+                workload, TapeModel, "adam", gradient_hooks=one_hook(), jit_compile="update"
             ),
         }
         runs = {
@@ -82,7 +91,7 @@ def steps(full: bool, rounds: int) -> Iterator[Row]:
         }
         heavy = workload.name in ("conv classifier", "Transformer")
         goals = ["", "1.00", "1.00", "1.03", "0.70" if heavy else "1.05"]
-        results = timing.in_turns(runs, rounds)
+        results = timing.in_turns(runs, rounds, number)
         for (side, measured), goal in list(zip(results.items(), goals, strict=True))[1:]:
             yield workload.name, side, goal, measured
 
@@ -107,12 +116,12 @@ def table(title: str, rows: list[Row]) -> str:
     for workload, side, goal, r in rows:
         lines.append(
             f"| {workload} | {side} | {r.cpu:.2f} | {r.wall:.2f} | {goal} "
-            f"| {r.milliseconds:.1f} | {r.base_milliseconds:.1f} |"
+            f"| {r.milliseconds:.2f} | {r.base_milliseconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def page(full: bool, rounds: int) -> str:
+def page(full: bool, rounds: int, first_rounds: int) -> str:
     gpus = tf.config.list_physical_devices("GPU")
     where = f"{len(gpus)} GPU" if gpus else "CPU only"
     stock_import, our_import = import_times(3)
@@ -126,10 +135,11 @@ def page(full: bool, rounds: int) -> str:
             f"{platform.processor() or platform.machine()}, "
             f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
             f"Keras {keras.__version__}. Ratios to `keras.Model`, measured in turns in one "
-            f"process, medians of {rounds}; below 1 is faster. Stock clips with "
+            f"process, medians of {rounds} ({first_rounds} for the first step); "
+            "below 1 is faster. Stock clips with "
             "`global_clipnorm`.",
             "",
-            table("Time to the first step", list(first_steps(full, 3))),
+            table("Time to the first step", list(first_steps(full, first_rounds))),
             table("A step", list(steps(full, rounds))),
             "## Import",
             "",
@@ -145,9 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every workload")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of timings a figure")
+    parser.add_argument("--first-rounds", type=int, default=5, help="new models a figure")
     parser.add_argument("--write", type=Path, help="the file that the page is written to")
     arguments = parser.parse_args()
-    text = page(arguments.full, arguments.rounds)
+    text = page(arguments.full, arguments.rounds, arguments.first_rounds)
     print(text)
     if arguments.write:
         arguments.write.write_text(text, encoding="utf-8")

@@ -18,8 +18,8 @@ class Ratio:
     Attributes:
         cpu: of the CPU time of the process.
         wall: of the time on the clock.
-        milliseconds: CPU time of one call.
-        base_milliseconds: CPU time of one call of what it is compared with.
+        milliseconds: CPU time of one step.
+        base_milliseconds: CPU time of one step of what it is compared with.
     """
 
     cpu: float
@@ -35,11 +35,22 @@ def stopwatch(call: Callable[[], Any]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def ratio(times: list[tuple[float, float]], base: list[tuple[float, float]]) -> Ratio:
-    """Returns the medians of the ratios of two lists of times, pair by pair."""
+def ratio(
+    times: list[tuple[float, float]], base: list[tuple[float, float]], number: int = 1
+) -> Ratio:
+    """Returns the medians of the ratios of two lists of times, pair by pair.
+
+    Args:
+        times: CPU and wall time of each call.
+        base: the same of what it is compared with.
+        number: how many steps a call makes.
+    """
     here, there = np.array(times), np.array(base)
     cpu, wall = np.median(here / there, axis=0)
-    return Ratio(cpu, wall, 1e3 * np.median(here[:, 0]), 1e3 * np.median(there[:, 0]))
+    milliseconds = 1e3 / number
+    return Ratio(
+        cpu, wall, milliseconds * np.median(here[:, 0]), milliseconds * np.median(there[:, 0])
+    )
 
 
 def steps_of(model: Any, x: Any, y: Any, number: int) -> Callable[[], None]:
@@ -58,8 +69,8 @@ def steps_of(model: Any, x: Any, y: Any, number: int) -> Callable[[], None]:
     return run
 
 
-def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
-    """Times calls in turns and compares each with the first."""
+def in_turns(runs: dict[str, Callable[[], Any]], rounds: int, number: int = 1) -> dict[str, Ratio]:
+    """Times calls of `number` steps in turns and compares each with the first."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -67,4 +78,4 @@ def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio
         for name, run in runs.items():
             times[name].append(stopwatch(run))
     base = times[next(iter(times))]
-    return {name: ratio(measured, base) for name, measured in times.items()}
+    return {name: ratio(measured, base, number) for name, measured in times.items()}

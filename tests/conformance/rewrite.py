@@ -14,21 +14,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("Model", "Sequential", "Functional")
+NAMES = ("Model", "Sequential")
+# Not a public name. Tests make models of this class, and look whether a model is one:
+# that the graph inside a Sequential is exactly one is no business of ours.
+FUNCTIONAL = "Functional"
 _SWAP = "_conformance_swap"
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Passes every value that a module gets by one of `NAMES` through a function."""
+    """Passes what a module gets by one of `NAMES` through a function, and `FUNCTIONAL`
+    where it is called, is a base class, or gives a method."""
 
     def __init__(self) -> None:
         self.num_changes = 0
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        self.generic_visit(node)
-        if node.attr not in NAMES or not isinstance(node.ctx, ast.Load):
-            return node
-        return self._swapped(node)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.stmt]:
         statements: list[ast.stmt] = [node]
@@ -38,6 +36,27 @@ class _Rewrite(ast.NodeTransformer):
                 value = self._swapped(ast.Name(name, ast.Load()))
                 statements.append(ast.Assign([ast.Name(name, ast.Store())], value))
         return [ast.copy_location(statement, node) for statement in statements]
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        node.value = self._functional(node.value)
+        if node.attr in NAMES and isinstance(node.ctx, ast.Load):
+            return self._swapped(node)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        node.func = self._functional(node.func)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
+        self.generic_visit(node)
+        node.bases = [self._functional(base) for base in node.bases]
+        return node
+
+    def _functional(self, node: ast.expr) -> ast.expr:
+        name = getattr(node, "attr", None) or getattr(node, "id", None)
+        return self._swapped(node) if name == FUNCTIONAL else node
 
     def _swapped(self, node: ast.expr) -> ast.expr:
         self.num_changes += 1
@@ -56,9 +75,8 @@ class RewritingFinder(importlib.abc.MetaPathFinder):
 
     Args:
         matches: which modules, by name.
-        classes: returns the classes to use in place of `keras.Model` and
-            `keras.Sequential`. Called when the first of them is asked for, because Keras
-            is not to be imported before.
+        classes: returns which class takes the place of which. Called when the first of
+            them is asked for, because Keras is not to be imported before.
     """
 
     def __init__(

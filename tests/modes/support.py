@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "multi": multi_optimizer,
     "loss_scale": lambda: scaled(keras.optimizers.SGD(0.05, momentum=0.9)),
     "loss_scale_multi": lambda: scaled(multi_optimizer()),
-    "loss_scale_factor": lambda: keras.optimizers.SGD(0.05, momentum=0.9, loss_scale_factor=100.0),
+    "loss_scale_factor": lambda: keras.optimizers.SGD(0.05, momentum=0.9, loss_scale_factor=128.0),
 }
 
 
@@ -126,7 +126,8 @@ def trained(
             options = {"jit_compile": False, **options}
         made.compile(optimizer(), options.pop("loss", "mse"), **options)
     given = {"batch_size": batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
-    history = made.fit(x[:num_examples], y[:num_examples], **{**given, **(fit or {})})
+    given = {"x": x[:num_examples], "y": y[:num_examples], **given, **(fit or {})}
+    history = made.fit(**given)
     made.log = history.history
     return made
 

@@ -66,7 +66,9 @@ def build():
 def scores(tuner):
     """Returns every metric of every trial."""
     return {
-        name: {metric: trial.metrics.get_history(metric)[0].value for metric in trial.metrics.metrics}
+        name: {
+            metric: trial.metrics.get_history(metric)[0].value for metric in trial.metrics.metrics
+        }
         for name, trial in sorted(tuner.oracle.trials.items())
     }
 

@@ -14,9 +14,7 @@ from keras_tapefit import TapeSequential, backward, hooks, tuning
 
 def line(learning_rate, gradient_hooks=()):
     model = TapeSequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(
-        keras.optimizers.SGD(learning_rate), "mse", gradient_hooks=list(gradient_hooks)
-    )
+    model.compile(keras.optimizers.SGD(learning_rate), "mse", gradient_hooks=list(gradient_hooks))
     return model
 
 
@@ -25,7 +23,13 @@ def test_a_trial_that_went_nan_is_failed(search, data):
     bad = np.where(np.arange(48)[:, None] == 20, np.nan, x)
     tuner = search(lambda hp: line(hp.Choice("rate", [0.1, 0.2])))
     tuner.search(
-        bad, y, epochs=1, batch_size=8, validation_data=(x, y), shuffle=False, verbose=0,
+        bad,
+        y,
+        epochs=1,
+        batch_size=8,
+        validation_data=(x, y),
+        shuffle=False,
+        verbose=0,
         callbacks=[tuning.GradientHealth(1)],
     )
     statuses = [trial.status for trial in tuner.oracle.trials.values()]
@@ -43,7 +47,12 @@ def test_skipped_steps_count_over_epochs(data):
     assert health.num_bad_steps == 4
     with pytest.raises(keras_tuner.errors.FailedTrialError, match="4 steps were skipped"):
         model.fit(
-            bad, y, epochs=2, batch_size=8, shuffle=False, verbose=0,
+            bad,
+            y,
+            epochs=2,
+            batch_size=8,
+            shuffle=False,
+            verbose=0,
             callbacks=[tuning.GradientHealth(3)],
         )
 
@@ -52,7 +61,11 @@ def test_a_loss_that_ends_nan_fails(data):
     x, y = data
     with pytest.raises(keras_tuner.errors.FailedTrialError, match="ended with val_loss = nan"):
         line(0.1).fit(
-            x, y, epochs=1, verbose=0, validation_data=(x * np.nan, y),
+            x,
+            y,
+            epochs=1,
+            verbose=0,
+            validation_data=(x * np.nan, y),
             callbacks=[tuning.GradientHealth(3)],
         )
 
@@ -100,14 +113,21 @@ def test_parts_are_switched_and_conditional():
 
     hp = keras_tuner.HyperParameters()
     for name, value in {
-        "gate": "spikes", "clipping": "global_norm", "noise": True, "num_frozen_layers": 2,
+        "gate": "spikes",
+        "clipping": "global_norm",
+        "noise": True,
+        "num_frozen_layers": 2,
     }.items():
         hp.Fixed(f"gradient_hooks/{name}", value)
     made = tuning.gradient_hooks(hp, model, tuning.search_space.PARTS)
     names = [type(hook).__name__ for hook in made]
     assert names == [
-        "SkipSpikes", "GlobalNormClipping", "GradientNoise", "Freezing",
-        "LearningRateMultiplier", "LearningRateMultiplier",
+        "SkipSpikes",
+        "GlobalNormClipping",
+        "GradientNoise",
+        "Freezing",
+        "LearningRateMultiplier",
+        "LearningRateMultiplier",
     ]
     assert made[3].targets == model.layers[:2]
     model.compile("sgd", "mse", gradient_hooks=made)

@@ -1,0 +1,145 @@
+"""`tf.Variable` attributes, in the style of TensorFlow's guides, train and are saved."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_tapefit import TapeModel, hooks
+
+from . import support
+
+TRUE_W, TRUE_B = 3.0, 2.0
+X = np.linspace(-2, 2, 201, dtype="float32")
+Y = X * TRUE_W + TRUE_B
+
+
+class MyModel(TapeModel):
+    """The class of TensorFlow's guide "Basic training loops", as it is written there."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Initialize the weights to `5.0` and the bias to `0.0`
+        # In practice, these should be randomly initialized
+        self.w = tf.Variable(5.0)
+        self.b = tf.Variable(0.0)
+
+    def call(self, x):
+        return self.w * x + self.b
+
+
+class Held(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = tf.Variable([1.0, 2.0], name="scale")
+        self.fixed = tf.Variable(1.0, trainable=False, name="fixed")
+
+
+@keras.saving.register_keras_serializable("bare_variables")
+class Many(TapeModel):
+    """Lists, dictionaries and modules of variables, beside a layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.listed = [tf.Variable([0.5, 0.5]), (tf.Variable(0.1),)]
+        self.by_name = {"k": tf.Variable(0.2), "constant": tf.Variable(7.0, trainable=False)}
+        self.module = Held()
+        self.dense = layers.Dense(1)
+
+    def call(self, x):
+        x = x * self.listed[0] * self.module.scale + self.listed[1][0]
+        return self.dense(x) + self.by_name["k"] * self.module.fixed
+
+
+def test_the_guides_model_trains_as_its_loop_does():
+    """The guide's loop by hand, on the whole batch with learning rate 0.1."""
+    model = MyModel()
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.mean_squared_error)
+    model.fit(X, Y, epochs=10, batch_size=len(X), verbose=0)
+
+    w, b = tf.Variable(5.0), tf.Variable(0.0)
+    for _ in range(10):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(Y - (w * X + b)))
+        dw, db = tape.gradient(loss, [w, b])
+        w.assign_sub(0.1 * dw)
+        b.assign_sub(0.1 * db)
+    np.testing.assert_allclose([model.w.numpy(), model.b.numpy()], [w.numpy(), b.numpy()], 1e-5)
+    assert abs(model.b.numpy() - TRUE_B) < 0.5
+    assert isinstance(model.w, tf.Variable)
+
+
+def _many():
+    support.begin()
+    model = Many()
+    model.compile("adam", "mse", gradient_hooks=[hooks.PercentileClipping()])
+    return model
+
+
+def _pairs():
+    return np.stack([X, X**2], 1)
+
+
+def test_every_kind_of_attribute():
+    model = _many()
+    model.fit(_pairs(), Y, verbose=0, epochs=1)
+    paths = [v.path for v in model.trainable_variables]
+    assert paths == [
+        "many/listed_0",
+        "many/listed_1_0",
+        "many/by_name_k",
+        "many/module_scale",
+        "many/dense/kernel",
+        "many/dense/bias",
+    ]
+    names = [v.path for v in model.non_trainable_variables]
+    assert names == ["many/by_name_constant", "many/module_fixed"]
+    np.testing.assert_array_equal(model.listed[0], model.trainable_variables[0])
+    assert all(model.listed[0].numpy() != 0.5) and all(model.module.scale.numpy() != [1.0, 2.0])
+    assert model.listed[1][0].numpy() != np.float32(0.1) and model.by_name["k"].numpy() != 0.2
+    assert model.by_name["constant"].numpy() == 7.0 and model.module.fixed.numpy() == 1.0
+
+
+def test_saved_and_loaded(tmp_path):
+    model = _many()
+    model.fit(_pairs(), Y, verbose=0, epochs=1, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    support.assert_same(support.values(loaded.variables), support.values(model.variables))
+    np.testing.assert_array_equal(loaded.listed[0], model.listed[0])
+    expected = model.fit(_pairs(), Y, verbose=0, epochs=2, shuffle=False).history
+    assert loaded.fit(_pairs(), Y, verbose=0, epochs=2, shuffle=False).history == expected
+    support.assert_same(support.values(loaded.variables), support.values(model.variables))
+
+    other = _many()
+    other(_pairs())
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert support.differ(support.values(other.variables), support.values(model.variables))
+    np.testing.assert_array_equal(other.by_name["constant"], 7.0)
+
+
+def test_gradients_targets_and_freezing():
+    model = _many()
+    model(_pairs())
+    gradients = model.compute_gradients(_pairs(), Y)
+    assert gradients["listed_0"].shape == (2,)
+    assert gradients[model.listed[0]] is gradients["listed_0"]
+    model.freeze([model.listed[0], "many/module_*"])
+    before = model.listed[0].numpy(), model.module.scale.numpy(), model.by_name["k"].numpy()
+    model.fit(_pairs(), Y, verbose=0)
+    np.testing.assert_array_equal(model.listed[0], before[0])
+    np.testing.assert_array_equal(model.module.scale, before[1])
+    assert model.by_name["k"].numpy() != before[2]
+
+
+@pytest.mark.parametrize("when", ["twice", "replaced"])
+def test_one_variable_counts_once(when):
+    model = MyModel()
+    if when == "twice":
+        model.same = model.w
+        model.again = [model.w]
+    assert len(model.trainable_variables) == 2
+    model.w.assign(4.0)
+    assert float(model.trainable_variables[0].value) == 4.0

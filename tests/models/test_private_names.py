@@ -1,0 +1,132 @@
+"""The private names of Keras that `models/` stands on: they are there, and mean this."""
+
+import inspect
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.tensorflow.trainer import reduce_per_replica
+from keras.src.losses import loss as losses
+from keras.src.models import cloning
+from keras.src.models.functional import Functional
+from keras.src.utils.naming import auto_name
+
+from keras_tapefit import TapeModel, TapeSequential
+
+from . import support
+from .support import STOCK, X, Y
+
+
+def _model(**options):
+    model = support.functional(STOCK)
+    model.compile("sgd", "mse", **options)
+    return model
+
+
+def test_the_loss_of_a_trainer():
+    """`_compute_loss` takes these arguments, whichever a user's `compute_loss` takes."""
+
+    class Old(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight):
+            return 7.0
+
+    model = Old()
+    model.compile("sgd")
+    arguments = {"x": X, "y": Y, "y_pred": Y, "sample_weight": None, "training": True}
+    assert model._compute_loss(**arguments) == 7.0
+    model = _model()
+    assert model._loss_tracker.name == "loss"
+    model._loss_tracker.update_state(2.0, sample_weight=3)
+    model._loss_tracker.update_state(4.0, sample_weight=1)
+    assert float(model._loss_tracker.result()) == 2.5
+    assert keras.Model()._loss_tracker is None if hasattr(keras.Model(), "_loss_tracker") else True
+
+
+def test_whether_a_call_takes_training():
+    class Without(keras.Model):
+        def call(self, x):
+            return x
+
+    assert Without()._call_has_training_arg is False
+    assert support.functional(STOCK)._call_has_training_arg is True
+
+
+def test_a_function_for_an_iterator():
+    """`_make_function(step)` runs `step` on `steps_per_execution` batches."""
+    model = _model(steps_per_execution=2, run_eagerly=True)
+    seen = []
+
+    def step(data):
+        seen.append(int(data))
+        return {"sum": data}
+
+    function = model._make_function(step)
+    logs = function(iter(tf.data.Dataset.range(4)))
+    assert seen == [0, 1] and int(logs["sum"]) == 1
+
+
+def test_results_of_an_epoch():
+    """Metrics where the names agree, else the logs as they are."""
+    model = _model()
+    assert model._get_metrics_result_or_logs({"loss": 5.0})["loss"] == 0.0
+    assert model._get_metrics_result_or_logs({"other": 5.0}) == {"other": 5.0}
+
+
+def test_the_compiled_losses():
+    model = _model()
+    model._symbolic_build(data_batch=(X, Y, None))
+    assert model._compile_loss.built
+    (item,) = model._compile_loss._flat_losses
+    assert callable(item.loss) and item.loss_weights is None
+    assert item._replace(loss=abs).loss is abs
+    assert float(model._aggregate_additional_loss(tf.constant([1.0, 2.0]))) == 3.0
+    arguments = inspect.signature(model._maybe_symbolic_build).parameters
+    assert list(arguments) == ["iterator", "data_batch"]
+
+
+def test_strategies():
+    strategy = tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    with strategy.scope():
+        model = support.functional(STOCK)
+    assert model._distribute_strategy is strategy
+    assert support.functional(STOCK)._distribute_strategy is None
+
+    def scaled():
+        share = losses.scale_loss_for_distribution(tf.constant(1.0))
+        return share, losses.unscale_loss_for_distribution(share)
+
+    share, whole = strategy.run(tf.function(scaled))
+    values = strategy.experimental_local_results
+    assert [float(v) for v in values(share)] == [0.5, 0.5]
+    assert [float(v) for v in values(whole)] == [1.0, 1.0]
+    assert float(reduce_per_replica(whole, strategy, reduction="auto")) == 1.0
+
+
+def test_masks():
+    output = tf.constant([[1.0]])
+    assert get_keras_mask(output) is None
+    set_keras_mask(output, tf.constant([True]))
+    np.testing.assert_array_equal(get_keras_mask(output), [True])
+
+
+def test_what_functional_models_are():
+    inputs = keras.Input((2,))
+    assert type(keras.Model(inputs, inputs)) is Functional
+    assert isinstance(TapeModel(inputs, inputs), Functional)
+    assert auto_name("thing").startswith("thing")
+    # The first of the layers is the input's, which `Sequential.layers` leaves out.
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    assert isinstance(model._layers[0], layers.InputLayer) and len(model._layers) == 2
+
+
+def test_cloning_of_sequential_models_is_ours_for_ours_only():
+    arguments = inspect.signature(cloning._clone_sequential_model).parameters
+    assert list(arguments) == ["model", "clone_function", "input_tensors"]
+    assert cloning._clone_sequential_model.__module__ == "keras_tapefit.models.keras_models"
+    assert type(keras.models.clone_model(keras.Sequential([layers.Dense(1)]))) is keras.Sequential
+    clone = keras.models.clone_model(TapeSequential([layers.Dense(1)]))
+    assert type(clone) is TapeSequential
