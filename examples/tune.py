@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hypermodel,
             objective=keras_tuner.Objective("val_accuracy", "max"),
             max_trials=args.max_trials,
-            seed=0,
+            seed=1,
             directory=directory,
         )
         tuner.search(

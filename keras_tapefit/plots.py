@@ -150,8 +150,7 @@ def trajectory(records: Any, max_lines: int = 12) -> Any:
     paths = _paths(records, "weight")
     if not paths:
         raise ValueError(
-            "The records hold no weights. Ask for some: "
-            '`GradientHistory(weights="dense/bias")`.'
+            'The records hold no weights. Ask for some: `GradientHistory(weights="dense/bias")`.'
         )
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_lines, len(paths))).astype(int))
     steps = _column(records, "step")
@@ -207,16 +206,12 @@ def heat_map(records: Any) -> Any:
     # Light is small: dark stands out on white, in grey too.
     options = {"cmap": "viridis_r", "aspect": "auto", "interpolation": "nearest"}
     image = axes.imshow(shades, extent=edges, **options)
-    unknown = np.ma.masked_where(np.isfinite(table), np.ones_like(table))
-    if unknown.count():
-        axes.contourf(
-            steps,
-            np.arange(len(layers)),
-            unknown.filled(0.0),
-            levels=[0.5, 1.5],
-            colors="0.93",
-            hatches=["xxx"],
-        )
+    for place, row in enumerate(np.isfinite(table)):
+        runs = _runs(~row, steps)
+        if runs:
+            axes.broken_barh(
+                runs, (place - 0.5, 1), facecolor="0.93", edgecolor="0.5", hatch="xxx", linewidth=0
+            )
     _name_rows(axes, list(layers))
     axes.set_xlabel("step")
     axes.set_ylabel("layer, first to last")
@@ -258,6 +253,12 @@ def _names(records: Any) -> list[str]:
 
 def _paths(records: Any, kind: str) -> list[str]:
     return [n.partition("/")[2] for n in _names(records) if n.startswith(f"{kind}/")]
+
+
+def _runs(flags: np.ndarray, steps: np.ndarray) -> list[tuple[float, float]]:
+    """Returns where runs of true flags begin, half a step before, and how long they are."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return [(steps[a] - 0.5, steps[b - 1] - steps[a] + 1) for a, b in edges.reshape(-1, 2)]
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

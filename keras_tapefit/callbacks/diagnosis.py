@@ -6,7 +6,7 @@ same table. Where the source names the trouble and no number, the number is ours
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 DEAD_SHARE = 0.9
 # Glorot and Bengio, 2010, Understanding the difficulty of training deep feedforward
 # neural networks, PMLR 9: with a good initialization the gradients of all layers are of
-# one size. Ours: how far apart is too far, in root mean squares of the gradients of
-# kernels, median over the steps.
+# one size. Ours: how far from the kernel nearest to the loss is too far, in root mean
+# squares of gradients, median over the steps.
 VANISHING_SHARE = 1e-3
 EXPLODING_FACTOR = 1e3
 # Pascanu, Mikolov and Bengio, 2013, On the difficulty of training recurrent neural
@@ -98,14 +98,15 @@ def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
     middle = f"median norm {np.median(finite):.3g}" if len(finite) else "no finite norm"
     summary = f"{_count(len(norms), 'step')}, {middle}."
     kernels = _root_mean_squares(records, shapes)
+    dead = _dead(records, shapes)
     findings = [
         *_not_finite(norms, records["skipped"]),
-        *_dead(records, shapes),
+        *_dead_found(dead, shapes),
         *_uneven(kernels),
         *_spikes(norms, records),
         *_skipped(records["skipped"]),
         *_clipped(norms, records),
-        *_updates(records, shapes),
+        *_updates(records, {path: shapes[path] for path in shapes if path not in dead}),
     ]
     return Report(summary, tuple(findings))
 
@@ -123,13 +124,17 @@ def _not_finite(norms: np.ndarray, skipped: np.ndarray) -> list[Finding]:
 
 def _dead(
     records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> list[Finding]:
+) -> tuple[str, ...]:
     dead = []
     for path in shapes:
         norms = records.get(f"gradient_norm/{path}", np.zeros(0))[-_RECENT:]
         trained = norms[~np.isnan(norms)]
         if len(trained) and np.mean(trained == 0) >= DEAD_SHARE:
             dead.append(path)
+    return tuple(dead)
+
+
+def _dead_found(dead: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Finding]:
     if not dead:
         return []
     return [
@@ -140,7 +145,7 @@ def _dead(
             "an activation that is nowhere flat (leaky_relu, gelu), he_normal "
             "initialization, and hooks.GlobalNormClipping(...) against the large steps that "
             "kill units. What the loss does not depend on is better frozen.",
-            tuple(dead),
+            dead,
         )
     ]
 
@@ -162,29 +167,31 @@ def _root_mean_squares(
 def _uneven(kernels: Mapping[str, float]) -> list[Finding]:
     if len(kernels) < 2:
         return []
-    largest = max(kernels, key=lambda path: kernels[path])
-    middle = float(np.median(list(kernels.values())))
+    # The one nearest to the loss, where backpropagation begins.
+    last = list(kernels)[-1]
+    shares = {path: size / kernels[last] for path, size in kernels.items()}
+    exploding = [path for path, share in shares.items() if share > EXPLODING_FACTOR]
+    vanishing = [path for path, share in shares.items() if share < VANISHING_SHARE]
     findings = []
-    exploding = [path for path, size in kernels.items() if size > EXPLODING_FACTOR * middle]
     if exploding:
         findings.append(
             Finding(
                 "exploding",
                 f"the gradients of {_listed(exploding)} are more than {EXPLODING_FACTOR:g} "
-                "times as large as those of the layer in the middle (root mean squares).",
-                "hooks.NormClipping(...) bounds each variable by itself, "
-                "hooks.AdaptiveClipping() by the size of its weights.",
+                f"times those of {last} (root mean squares; {max(shares.values()):.1g} times "
+                "at the most).",
+                "hooks.GlobalNormClipping(...) bounds them all, hooks.NormClipping(...) each "
+                "by itself, hooks.AdaptiveClipping() by the size of the weights. he_normal or "
+                "glorot_uniform initialization goes to the root of it.",
                 tuple(exploding),
             )
         )
-    vanishing = [p for p, size in kernels.items() if size < VANISHING_SHARE * kernels[largest]]
     if vanishing:
-        least = min(kernels.values()) / kernels[largest]
         findings.append(
             Finding(
                 "vanishing",
                 f"the gradients of {_listed(vanishing)} are less than {VANISHING_SHARE:g} of "
-                f"those of {largest} (root mean squares; {least:.1g} at the least).",
+                f"those of {last} (root mean squares; {min(shares.values()):.1g} at the least).",
                 "hooks.BlockRMSClipping(...) brings large layers down to the small ones, "
                 "with an optimizer that adapts to each weight, such as Adam. Residual "
                 "connections, normalization layers and he_normal or glorot_uniform "
@@ -292,7 +299,7 @@ def _share(flags: np.ndarray) -> str:
     return f"{int(flags.sum())} of {len(flags)} ({np.mean(flags):.1%})"
 
 
-def _listed(paths: list[str]) -> str:
+def _listed(paths: Sequence[str]) -> str:
     shown = ", ".join(paths[:4])
     return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
 

@@ -41,7 +41,7 @@ class GradientCSV(RecordReader):
     ```
     """
 
-    _of_training = ("_model", "_records", "_file")
+    _of_training: tuple[str, ...] = ("_model", "_records", "_file")
 
     def __init__(self, path: Any, per_variable: bool = False, updates: bool = False) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class GradientTensorBoard(RecordReader):
     ```
     """
 
-    _of_training = ("_model", "_records", "_writer")
+    _of_training: tuple[str, ...] = ("_model", "_records", "_writer")
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class RecordReader(keras.callbacks.Callback):
     """
 
     # What belongs to one training and is not copied with the callback.
-    _of_training = ("_model", "_records")
+    _of_training: tuple[str, ...] = ("_model", "_records")
 
     def __init__(self) -> None:
         super().__init__()

@@ -118,9 +118,7 @@ class Gradients:
 
     def _position(self, key: Any) -> int | None:
         if not isinstance(key, str):
-            found = [
-                i for i, v in enumerate(self._variables) if _targets.same_variable(v, key)
-            ]
+            found = [i for i, v in enumerate(self._variables) if _targets.same_variable(v, key)]
             return found[0] if found else None
         paths = self.keys()
         if key in paths:
@@ -129,9 +127,7 @@ class Gradients:
         return ends[0] if len(ends) == 1 else None
 
     def __repr__(self) -> str:
-        lines = (
-            f"  {path}: {_describe_gradient(gradient)}" for path, gradient in self.items()
-        )
+        lines = (f"  {path}: {_describe_gradient(gradient)}" for path, gradient in self.items())
         return "Gradients(\n" + "\n".join(lines) + "\n)"
 
     def map(
@@ -221,8 +217,7 @@ class Gradients:
         if self._unique_rows:
             return self
         summed = [
-            None if g is None else _sparse.sum_duplicates(g, v.shape[0])
-            for g, v in self.pairs()
+            None if g is None else _sparse.sum_duplicates(g, v.shape[0]) for g, v in self.pairs()
         ]
         return self._with(summed, unique_rows=True)
 

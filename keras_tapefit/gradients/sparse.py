@@ -26,9 +26,7 @@ def sum_duplicates(gradient: Gradient, num_rows: int) -> Gradient:
     indices = tf.cast(gradient.indices, tf.int32)
     num_slices = tf.shape(indices)[0]
     positions = tf.range(num_slices)
-    first = tf.gather(
-        tf.math.unsorted_segment_min(positions, indices, num_rows), indices
-    )
+    first = tf.gather(tf.math.unsorted_segment_min(positions, indices, num_rows), indices)
     values = tf.math.unsorted_segment_sum(gradient.values, first, num_slices)
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 

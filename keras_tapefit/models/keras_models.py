@@ -33,11 +33,11 @@ def is_assembly(model: Any) -> bool:
 
 
 def parts_are_built(model: Any) -> bool:
-    """Whether all layers of a model are built that does not build any itself."""
+    """Whether a model that does not build any layer itself has all its weights."""
     if type(model).build is not keras.Model.build:
         return False
     parts = list(model._flatten_layers(include_self=False))
-    return bool(parts) and all(part.built for part in parts)
+    return bool(parts or model.weights) and all(part.built for part in parts)
 
 
 def keep_class_when_cloned(cls: Any) -> None:

@@ -58,9 +58,7 @@ class StepScope:
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
             before = self._accepted
-            self._accepted = (
-                outcome.accepted if before is None else before & outcome.accepted
-            )
+            self._accepted = outcome.accepted if before is None else before & outcome.accepted
 
     def _outcome(
         self, gradients: Gradients, optimizer: Any, scaled: bool, watch: Watch | None

@@ -61,8 +61,7 @@ class StepTape(tf.GradientTape):
             optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(
-                "`minimize` needs an optimizer. Compile the model with one, or pass "
-                "`optimizer=`."
+                "`minimize` needs an optimizer. Compile the model with one, or pass `optimizer=`."
             )
         if self._scope is None:
             raise ValueError(

@@ -199,5 +199,3 @@ def _warn_if_passed_over(runtime: Runtime, scope: StepScope) -> None:
             "pass the gradients to `self.apply_gradients(...)`.",
             stacklevel=2,
         )
-
-

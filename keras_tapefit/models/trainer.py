@@ -151,7 +151,8 @@ class TapeTrainer:
             super().compile_from_config(config)
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if getattr(self, "optimizer", None) is not None and self.built:
+        ready = self.built or keras_models.parts_are_built(self)
+        if getattr(self, "optimizer", None) is not None and ready:
             runtime_of(self).prepare(self.optimizer)
 
     def make_train_function(self, force: bool = False) -> Callable[[Any], Any] | None:
@@ -171,14 +172,15 @@ class TapeTrainer:
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `evaluate` calls; as `keras.Model` does."""
-        if not strategies.needs_own_function(self):
-            if runtime_of(self).shared is not None:
-                if self.test_function is None or force:
-                    self.test_function = TestFunction(self, runtime_of(self))
-                return self.test_function
+        own = strategies.needs_own_function(self)
+        if not own and runtime_of(self).shared is None:
             return super().make_test_function(force=force)
         if self.test_function is None or force:
-            self.test_function = strategies.make_function(self, self.test_step)
+            self.test_function: Any = (
+                strategies.make_function(self, self.test_step)
+                if own
+                else TestFunction(self, runtime_of(self))
+            )
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
@@ -412,8 +414,7 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
         raise ValueError("Say what to freeze or unfreeze. Received: targets=None.")
     if not candidates:
         raise ValueError(
-            f"The model {model.name!r} has no weights yet. Build it first, or call it on "
-            "a batch."
+            f"The model {model.name!r} has no weights yet. Build it first, or call it on a batch."
         )
     chosen = [candidates[i] for i in matching(targets, candidates)]
     trainable.set_trainable(model, chosen, value)

@@ -7,7 +7,7 @@ cannot be compared raises `Incomparable`: then nothing is reused.
 
 Private names used here: attributes of Keras objects, which are passed over when they hold
 no more than bookkeeping (`_BOOKKEEPING`). Checked with Keras 3.15.1 and TensorFlow 2.21;
-`tests/tuning/test_fingerprint.py` fails when they change.
+`tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
             )
         super().__init__()
         self.inner = build if isinstance(build, keras_tuner.HyperModel) else None
-        self._function = build.build if self.inner is not None else build
+        self._function = build if self.inner is None else self.inner.build
         self.reuse = reuse
         self.parts = tuple(parts)
         self._pool = TracePool(3 if reuse is True else int(reuse)) if reuse else None

@@ -7,7 +7,7 @@ with weights of its own.
 
 Private names used here: `keras.Variable._value`, `tf.Variable._unique_id`, and of
 TensorFlow's functions `_list_all_concrete_functions`. Checked with Keras 3.15.1 and
-TensorFlow 2.21; `tests/tuning/test_traces.py` fails when they change.
+TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ class Storage:
         for changed in (model, last):
             if changed is not None:
                 runtime_of(changed).forget_traces()
-        if last is not None and self._entries is not None:
-            runtime_of(last)._reports._entries = dict(self._entries)
         if self._entries is not None:
-            runtime_of(model)._reports._entries = self._entries
+            if last is not None:
+                runtime_of(last).reports._entries = dict(self._entries)
+            runtime_of(model).reports._entries = self._entries
         self._user, self._slots = weakref.ref(model), fingerprint.slots
 
 

@@ -190,8 +190,7 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
     idle = [
         inner
         for inner in multi.optimizers
-        if inner.built
-        and not any(id(_value(v)) in by_id for v in inner._trainable_variables)
+        if inner.built and not any(id(_value(v)) in by_id for v in inner._trainable_variables)
     ]
     traced_once = fast_trace.traced_once(list(leaves(multi)))
     with silent(idle), traced_once, warnings.catch_warnings():

@@ -86,7 +86,9 @@ class Records:
         """Keeps what was seen of the update of a window; may be called in a branch."""
         columns = [seen.norms_after, seen.changes, seen.sizes]
         parts = [
-            tf.fill([len(self.paths)], float("nan")) if c is None else self._spread([(variables, c)])
+            tf.fill([len(self.paths)], float("nan"))
+            if c is None
+            else self._spread([(variables, c)])
             for c in columns
         ]
         self._closing.assign(tf.concat([tf.stack([seen.after, seen.skipped]), *parts], axis=0))

@@ -23,9 +23,7 @@ def all_reduce(gradients: Gradients) -> Gradients:
     context = tf.distribute.get_replica_context()
     present = [g for g in gradients.values() if g is not None]
     summed = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else ())
-    return Gradients(
-        [(None if g is None else next(summed), v) for g, v in gradients.pairs()]
-    )
+    return Gradients([(None if g is None else next(summed), v) for g, v in gradients.pairs()])
 
 
 def sum_over(value: Any) -> Any:

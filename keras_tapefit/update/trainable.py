@@ -1,7 +1,8 @@
 """`trainable`, live: which variables are being trained now.
 
 Private names used here: `Layer._trainable`, `Layer._trainable_variables` and
-`Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/update/test_private_names.py` fails when they change.
+`Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/update/test_private_names.py`
+fails when they change.
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
     chosen = {id(v) for v in variables}
     trained = {id(v) for v in model.trainable_variables}
     wanted = {
-        id(v): value if id(v) in chosen else id(v) in trained
-        for v in trainable_candidates(model)
+        id(v): value if id(v) in chosen else id(v) in trained for v in trainable_candidates(model)
     }
     for layer in layers_of(model):
         inside = [id(v) for v in layer.variables if id(v) in wanted]

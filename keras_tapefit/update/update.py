@@ -193,9 +193,7 @@ def close(
     def make_update(_: Any) -> None:
         mean = accumulation.mean(variables, missing)
         parts = accumulation.as_part(mean) if hooks.uses_parts else None
-        settle(
-            lambda: update(mean, optimizer, hooks, scaled=False, parts=parts, watch=watch)
-        )
+        settle(lambda: update(mean, optimizer, hooks, scaled=False, parts=parts, watch=watch))
 
     replicas.when(accumulation.is_started(), make_update, [])
     accumulation.clear()

@@ -166,8 +166,6 @@ def _histogram(values: tf.Tensor) -> tf.Tensor:
     num_chunks = 1 if size is None else max(1, -(-size // _CHUNK))
     if num_chunks > 1:
         bins += NUM_BINS * (tf.range(size) // _CHUNK)
-    counts = tf.math.unsorted_segment_sum(
-        tf.cast(finite, tf.float32), bins, num_chunks * NUM_BINS
-    )
+    counts = tf.math.unsorted_segment_sum(tf.cast(finite, tf.float32), bins, num_chunks * NUM_BINS)
     counts = tf.reduce_sum(tf.reshape(counts, [num_chunks, NUM_BINS]), axis=0)
     return tf.concat([tf.stack([low, high]), counts], axis=0)

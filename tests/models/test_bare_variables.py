@@ -113,7 +113,7 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.fit(_pairs(), Y, verbose=0, epochs=2, shuffle=False).history == expected
     support.assert_same(support.values(loaded.variables), support.values(model.variables))
 
-    other = _many()
+    other = Many()
     other(_pairs())
     other.load_weights(tmp_path / "model.weights.h5")
     assert support.differ(support.values(other.variables), support.values(model.variables))

@@ -131,7 +131,9 @@ def test_automatic_names():
         ]
         if kit is STOCK:
             expected = names
-    assert names == expected == ["functional", "functional_1", "sequential", "net", "net_1", "stack"]
+    assert (
+        names == expected == ["functional", "functional_1", "sequential", "net", "net_1", "stack"]
+    )
 
 
 def test_summary_is_keras_own():
@@ -267,7 +269,9 @@ def test_config_round_trip(name):
     again = type(model).from_config(model.get_config())
     assert type(again) is type(model) and again.name == model.name
     assert again.count_params() == model.count_params()
-    assert type(Base.from_config(MAKERS["functional of a subclass"]().get_config())).__mro__[1] is Base
+    assert (
+        type(Base.from_config(MAKERS["functional of a subclass"]().get_config())).__mro__[1] is Base
+    )
     stock = keras.Model.from_config(support.functional(STOCK).get_config())
     assert support.functional().get_config().keys() == stock.get_config().keys()
 

@@ -25,7 +25,12 @@ def model():
         ("gradient_hooks", hooks.GlobalNormClipping(1.0), TypeError, "must be a list of gradient"),
         ("gradient_hooks", {"a": 1}, TypeError, r"Received: \{'a': 1\} \(of type dict\)"),
         ("gradient_hooks", [3], TypeError, r"must be a `GradientHook` or a function.*Received: 3"),
-        ("gradient_hooks", [hooks.ZeroNonFinite], TypeError, r"Did you mean `ZeroNonFinite\(\.\.\.\)"),
+        (
+            "gradient_hooks",
+            [hooks.ZeroNonFinite],
+            TypeError,
+            r"Did you mean `ZeroNonFinite\(\.\.\.\)",
+        ),
         ("backward", "sam", TypeError, "`backward` must be one of .*Received: 'sam'"),
         ("micro_batches", 0, ValueError, "must be at least 1. Received: micro_batches=0"),
         ("micro_batches", 2.0, TypeError, "must be an integer. Received: micro_batches=2.0"),
@@ -111,7 +116,11 @@ def test_minimize_before_the_with_block(model):
     ("function", "error", "match"),
     [
         (lambda gradients: None, TypeError, "The hook 'bad' .* must return `Gradients`"),
-        (lambda gradients: gradients.select("first/*"), ValueError, "without those of.*second/bias"),
+        (
+            lambda gradients: gradients.select("first/*"),
+            ValueError,
+            "without those of.*second/bias",
+        ),
         (
             lambda gradients: gradients.map(lambda g: g[:1]),
             ValueError,

@@ -55,7 +55,9 @@ def test_nothing_is_changed_to_the_bit(model):
     assert support.differ(after["metrics"], state["metrics"])
     moved = [
         v.path
-        for v, before, value in zip(model.variables, state["weights"], after["weights"], strict=True)
+        for v, before, value in zip(
+            model.variables, state["weights"], after["weights"], strict=True
+        )
         if not np.array_equal(before, value)
     ]
     assert any("seed" in path for path in moved) and "norm/moving_mean" in moved

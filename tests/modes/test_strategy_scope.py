@@ -89,9 +89,7 @@ def test_a_model_without_weights_takes_the_strategy_it_is_fit_in():
         _fit(model)
     keras.utils.set_random_seed(5)
     alone = Lazy()
-    alone.compile(
-        _sgd(), "mse", gradient_hooks=[support.sensitive, hooks.GlobalNormClipping(0.5)]
-    )
+    alone.compile(_sgd(), "mse", gradient_hooks=[support.sensitive, hooks.GlobalNormClipping(0.5)])
     assert support.difference(model, _fit(alone)) < 1e-6
     support.assert_replicas_agree(model)
 

@@ -1,6 +1,6 @@
 """One worker of `test_workers.py`: trains as told, and writes down what came out.
 
-    python worker.py '<json>'
+python worker.py '<json>'
 """
 
 import json

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from keras_tapefit import TapeModel, hooks
 
@@ -125,11 +124,4 @@ def test_other_values_are_refused(value):
 def test_eager_mode_says_that_it_has_no_effect():
     with pytest.warns(UserWarning, match="no effect with `run_eagerly=True`"):
         model = make("update", run_eagerly=True)
-    assert_close(fit(model), fit(make(False)))
-
-
-def test_a_strategy_says_that_it_has_no_effect():
-    with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
-        with pytest.warns(UserWarning, match="no effect under a `tf.distribute` strategy"):
-            model = make("update")
     assert_close(fit(model), fit(make(False)))

@@ -76,8 +76,6 @@ def test_flags_and_variables_of_layers():
     outer = keras.Sequential([layer])
     outer._trainable = True
     assert layer._trainable is False
-    outer.trainable = True
-    assert layer._trainable is True
 
 
 def test_layers_are_flattened_outer_first():
