@@ -1,6 +1,7 @@
 """What flows: gradients by variable, the targets that select them, unit axes."""
 
 from keras_tapefit.gradients.gradients import Gradients as Gradients
+from keras_tapefit.gradients.layers import layers_of as layers_of
 from keras_tapefit.gradients.targets import Targets as Targets
 from keras_tapefit.gradients.targets import deserialize_targets as deserialize_targets
 from keras_tapefit.gradients.targets import matching as matching

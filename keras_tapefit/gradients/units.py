@@ -1,8 +1,4 @@
-"""Which weights make up one unit, by the class of their layer: never by rank alone.
-
-Sublayers are found through `Layer._flatten_layers`, which is private to Keras. Checked
-with Keras 3.8.0 and 3.15.1; `test_every_sublayer_is_found` fails when it changes.
-"""
+"""Which weights make up one unit, by the class of their layer: never by rank alone."""
 
 from __future__ import annotations
 
@@ -11,6 +7,8 @@ from typing import Any, NamedTuple
 
 import keras
 from keras import layers
+
+from keras_tapefit.gradients.layers import layers_of
 
 
 class Unit(NamedTuple):
@@ -153,7 +151,7 @@ def unit_axes(layer: keras.layers.Layer) -> dict[int, Unit]:
         )
     known: dict[int, Unit] = {}
     guessed: dict[int, Unit] = {}
-    for sublayer in layer._flatten_layers():
+    for sublayer in layers_of(layer):
         own = _own_variables(sublayer)
         rule = _known_units(sublayer, own)
         for name, variable in own.items():

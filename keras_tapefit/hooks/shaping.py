@@ -7,8 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tapefit.gradients import Gradients, Targets
-from keras_tapefit.gradients.noise import stateless_normal
+from keras_tapefit.gradients import Gradients, Targets, draws
 from keras_tapefit.gradients.norms import wide
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
@@ -107,8 +106,7 @@ class GradientNoise(GradientHook):
 
         def add_noise(gradient: tf.Tensor, variable: Any) -> tf.Tensor:
             stream = self._streams.value[self._stream_of[id(variable)]]
-            seed = tf.stack([stream, tf.cast(self.step, tf.int32)])
-            noise = stateless_normal(variable.shape, seed)
+            noise = draws.normal(variable.shape, (stream, self.step))
             return gradient + tf.cast(stddev * noise, gradient.dtype)
 
         return gradients.map(add_noise, gradients.variables)

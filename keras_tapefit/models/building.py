@@ -9,7 +9,23 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.update.trainable import layers_of
+from keras_tapefit.gradients import layers_of
+
+
+def is_assembly(model: Any) -> bool:
+    """Whether a model is nothing but its parts, and these are built: a GAN, say.
+
+    Its step calls the parts, never the model itself, which so is never built.
+    """
+    return type(model).call is keras.Model.call and parts_are_built(model)
+
+
+def parts_are_built(model: Any) -> bool:
+    """Whether a model that does not build any layer itself has all its weights."""
+    if type(model).build is not keras.Model.build:
+        return False
+    parts = [layer for layer in layers_of(model) if layer is not model]
+    return bool(parts or model.weights) and all(part.built for part in parts)
 
 
 def complete(model: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.models import building
+from keras_tapefit.models import building, keras_trainer
 from keras_tapefit.models.functional import Functional
 from keras_tapefit.models.keras_models import KerasFunctional
 from keras_tapefit.models.model import TapeModel
@@ -52,8 +52,7 @@ class ModelWrapper(TapeModel):
             building.build(self.inner_model, {"input_shape": input_shape})
 
     def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Any:
-        takes_training = self.inner_model._call_has_training_arg
-        if takes_training and training is not None:
+        if training is not None and keras_trainer.takes_training(self.inner_model):
             kwargs["training"] = training
         return self.inner_model(inputs, **kwargs)
 

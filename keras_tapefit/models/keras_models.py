@@ -2,12 +2,14 @@
 
 Private names used here: `keras.src.models.functional.Functional`,
 `keras.src.models.cloning._clone_sequential_model`, `keras.src.utils.naming.auto_name`,
-`Sequential._layers`, `Layer._flatten_layers`. Checked with Keras 3.15.1;
+`Sequential._layers`, `Model._unpickle_model`, `Layer._trainable_variables`,
+`_non_trainable_variables` and `_track_variable`. Checked with Keras 3.15.1;
 `tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -18,26 +20,24 @@ from keras.src.utils.naming import auto_name as auto_name
 __all__ = [
     "KerasFunctional",
     "auto_name",
-    "is_assembly",
+    "adopt",
     "keep_class_when_cloned",
-    "parts_are_built",
+    "unpickle",
 ]
 
 
-def is_assembly(model: Any) -> bool:
-    """Whether a model is nothing but its parts, and these are built: a GAN, say.
-
-    Its step calls the parts, never the model itself, which so is never built.
-    """
-    return type(model).call is keras.Model.call and parts_are_built(model)
+def unpickle(*arguments: Any) -> Any:
+    """Makes a model of what pickle kept of it."""
+    return keras.Model._unpickle_model(*arguments)
 
 
-def parts_are_built(model: Any) -> bool:
-    """Whether a model that does not build any layer itself has all its weights."""
-    if type(model).build is not keras.Model.build:
-        return False
-    parts = list(model._flatten_layers(include_self=False))
-    return bool(parts or model.weights) and all(part.built for part in parts)
+def adopt(model: Any, variable: Any, make: Callable[[], keras.Variable]) -> None:
+    """Has a model own a `tf.Variable`, by the `keras.Variable` made for it."""
+    tracked = [*model._trainable_variables, *model._non_trainable_variables]
+    if any(v.value is variable for v in tracked):
+        return
+    with keras.name_scope(model.name, caller=model):
+        model._track_variable(make())
 
 
 def keep_class_when_cloned(cls: Any) -> None:

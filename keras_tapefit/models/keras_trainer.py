@@ -1,6 +1,6 @@
 """What the Keras trainer hides.
 
-Private names used here: `Model._compute_loss`, `_loss_tracker`,
+Private names used here: `Model._compute_loss`, `_loss_tracker`, `_assert_compile_called`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
 `TFEpochIterator._distributed_dataset`,
@@ -27,7 +27,17 @@ from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_
 
 def forward(model: Any, x: Any, training: bool) -> Any:
     """Calls the model, with `training` where its `call` takes it."""
-    return model(x, training=training) if model._call_has_training_arg else model(x)
+    return model(x, training=training) if takes_training(model) else model(x)
+
+
+def takes_training(model: Any) -> bool:
+    """Whether a model's `call` has an argument `training`."""
+    return model._call_has_training_arg
+
+
+def check_compiled(model: Any, method: str) -> None:
+    """Raises Keras's `ValueError` for a method of a model that is not compiled."""
+    model._assert_compile_called(method)
 
 
 def compute_loss(model: Any, batch: tuple[Any, Any, Any], y_pred: Any, training: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.models import bare_variables, building
+from keras_tapefit.models import bare_variables, building, keras_models
 from keras_tapefit.models.trainer import TapeTrainer
 from keras_tapefit.update import loaded_optimizers
 
@@ -55,21 +55,15 @@ class TapeModel(TapeTrainer, keras.Model):
         # By the method of a class that pickle finds: a stand-in of `functional_variant`
         # has the name of another.
         _, arguments = super().__reduce__()
-        return TapeModel._unpickle_model, arguments
+        return keras_models.unpickle, arguments
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         for path, variable in bare_variables.find(name, value):
-            self._adopt(path, variable)
+            adopted = functools.partial(bare_variables.AdoptedVariable, variable, path)
+            keras_models.adopt(self, variable, adopted)
         if name != "optimizer":
             loaded_optimizers.watch(value)
-
-    def _adopt(self, name: str, variable: Any) -> None:
-        tracked = [*self._trainable_variables, *self._non_trainable_variables]
-        if any(v.value is variable for v in tracked):
-            return
-        with keras.name_scope(self.name, caller=self):
-            self._track_variable(bare_variables.AdoptedVariable(variable, name))
 
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns how the model was built; where it never was called, how its parts were."""

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Batch
+from keras_tapefit.gradients import layers_of
 from keras_tapefit.models import keras_trainer
 from keras_tapefit.models.bare_variables import AdoptedVariable
 from keras_tapefit.models.runtime import runtime_of
@@ -104,7 +105,7 @@ class ModelObjective:
         )
 
     def layers(self) -> list[Any]:
-        return trainable.layers_of(self._model)
+        return layers_of(self._model)
 
     def is_kernel(self, variable: Any) -> bool:
         return self._runtime.unit(variable).is_kernel

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.hooks import order_findings
-from keras_tapefit.models import keras_models, own_steps, strategies
+from keras_tapefit.models import building, own_steps, strategies
 from keras_tapefit.models.runtime import Runtime
 from keras_tapefit.models.scope import StepScope, step_scope
 from keras_tapefit.models.shared import StaleTrace, TracedFunction, check_user, place
@@ -121,7 +121,7 @@ class TrainFunction(TracedFunction):
         """Remembers a trace under the flags of a model that its first call completed."""
         if key != self._current:
             self._flags = None
-            if not self._model.built and keras_models.parts_are_built(self._model):
+            if not self._model.built and building.parts_are_built(self._model):
                 self._model.built = True
             settled = self._key()
             if key in self._traces:

@@ -15,7 +15,7 @@ from keras_tapefit.backward.base import check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
-from keras_tapefit.models import compile_arguments, keras_models, keras_trainer, strategies
+from keras_tapefit.models import building, compile_arguments, keras_trainer, strategies
 from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
@@ -131,7 +131,7 @@ class TapeTrainer:
             runtime.hooks.set(new_hooks)
         if new_backward is not None:
             runtime.backward = new_backward
-        if keras_models.is_assembly(self):
+        if building.is_assembly(self):
             # Keras saves and loads nothing that is not built.
             self.built = True
             runtime.prepare(self.optimizer)
@@ -151,7 +151,7 @@ class TapeTrainer:
             super().compile_from_config(config)
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
-        ready = self.built or keras_models.parts_are_built(self)
+        ready = self.built or building.parts_are_built(self)
         if getattr(self, "optimizer", None) is not None and ready:
             runtime_of(self).prepare(self.optimizer)
 
@@ -312,7 +312,7 @@ class TapeTrainer:
             print(path, float(norm))
         ```
         """
-        self._assert_compile_called("compute_gradients")
+        keras_trainer.check_compiled(self, "compute_gradients")
         runtime = runtime_of(self)
         batch = keras.tree.map_structure(
             lambda v: v if v is None else tf.convert_to_tensor(v), (x, y, sample_weight)

@@ -5,8 +5,8 @@ a model that is like an earlier one exchanges its own for those of the trace, wi
 values put in, and finds its first step traced already. Every model stays what it was, one
 with weights of its own.
 
-Private names used here: `keras.Variable._value`, `tf.Variable._unique_id`, and of
-TensorFlow's functions `_list_all_concrete_functions`. Checked with Keras 3.15.1 and
+Private names used here: `keras.Variable._value`, `tf.Variable._unique_id`, of TensorFlow's
+functions `_list_all_concrete_functions`, and `op_def_registry`. Checked with Keras 3.15.1 and
 TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 

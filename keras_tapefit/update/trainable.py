@@ -1,8 +1,7 @@
 """`trainable`, live: which variables are being trained now.
 
-Private names used here: `Layer._trainable`, `Layer._trainable_variables` and
-`Layer._flatten_layers`. Checked with Keras 3.15.1; `tests/update/test_private_names.py`
-fails when they change.
+Private names used here: `Layer._trainable` and `Layer._trainable_variables`. Checked
+with Keras 3.15.1; `tests/update/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ from typing import Any
 
 import keras
 
+from keras_tapefit.gradients import layers_of
+
 _flag = attrgetter("trainable")
-
-
-def layers_of(model: Any) -> list[Any]:
-    """Returns the model and all layers in it, outer before inner."""
-    return list(model._flatten_layers(include_self=True, recursive=True))
 
 
 def trainable_candidates(model: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import inspect
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
@@ -130,3 +131,20 @@ def test_cloning_of_sequential_models_is_ours_for_ours_only():
     assert type(keras.models.clone_model(keras.Sequential([layers.Dense(1)]))) is keras.Sequential
     clone = keras.models.clone_model(TapeSequential([layers.Dense(1)]))
     assert type(clone) is TapeSequential
+
+
+def test_what_pickle_and_compile_call():
+    model = _model()
+    remake, arguments = keras.Model.__reduce__(model)
+    assert remake.__func__ is keras.Model._unpickle_model.__func__
+    np.testing.assert_array_equal(remake(*arguments)(X), model(X))
+    model._assert_compile_called("fit")
+    with pytest.raises(ValueError, match="compile"):
+        support.functional(STOCK)._assert_compile_called("fit")
+
+
+def test_a_variable_is_tracked_by_its_trainable():
+    layer = layers.Layer()
+    variable = keras.Variable(1.0, trainable=False)
+    layer._track_variable(variable)
+    assert layer._non_trainable_variables == [variable] and not layer._trainable_variables

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_tapefit.update import optimizers, trainable
+from keras_tapefit.gradients import layers_of
+from keras_tapefit.update import optimizers
 
 
 def _optimizer(variables, **options):
@@ -81,6 +82,6 @@ def test_flags_and_variables_of_layers():
 def test_layers_are_flattened_outer_first():
     inner = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="deep")])
     model = keras.Sequential([inner, layers.Dense(1, name="last")])
-    found = trainable.layers_of(model)
+    found = layers_of(model)
     assert found[0] is model and {"deep", "last"} <= {layer.name for layer in found}
     assert found.index(inner) < found.index(inner.layers[0])

@@ -1,0 +1,143 @@
+"""The public face of the package: names, docstrings and their examples, what an import costs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+import tensorflow as tf
+import tomllib
+
+import keras_tapefit
+from keras_tapefit import TapeModel, TapeSequential, backward, callbacks, hooks, plots, tuning
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    hooks: (
+        "GradientHook LambdaHook GlobalNormClipping NormClipping ValueClipping BlockRMSClipping "
+        "AdaptiveClipping PercentileClipping ZScoreClipping SkipNonFinite ZeroNonFinite "
+        "SkipSpikes GradientNoise Centralization GradientScaling LearningRateMultiplier "
+        "Freezing GradualUnfreezing GradientMonitor UpdateMonitor NoiseScale"
+    ),
+    backward: "Backpropagation SharpnessAware ProjectedConflicts PerExampleClipping",
+    callbacks: "GradientHistory GradientTensorBoard GradientCSV",
+    plots: "gradient_flow norms trajectory",
+    tuning: "TapeHyperModel gradient_hooks GradientHealth",
+    keras_tapefit: "TapeModel TapeSequential Gradients",
+}
+PUBLIC = {
+    f"{module.__name__}.{name}": thing
+    for module in NAMES
+    for name, thing in vars(module).items()
+    if not name.startswith("_")
+    and (inspect.isclass(thing) or inspect.isfunction(thing))
+    and thing.__module__.startswith("keras_tapefit.")
+}
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda m: m.__name__)
+def test_public_names_are_there(module):
+    for name in NAMES[module].split():
+        assert callable(getattr(module, name))
+
+
+def examples_of(thing) -> list[str]:
+    """Returns the examples in a docstring and in those of the methods."""
+    found = [inspect.getdoc(thing) or ""]
+    if inspect.isclass(thing):
+        for name, member in vars(thing).items():
+            member = getattr(member, "__func__", getattr(member, "fget", member))
+            if not name.startswith("_") and inspect.isfunction(member):
+                found.append(inspect.getdoc(member) or "")
+    return [code for text in found for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+
+
+def test_docstrings_have_an_example():
+    for module, names in NAMES.items():
+        for name in names.split():
+            assert "```python" in (getattr(module, name).__doc__ or ""), name
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """The names that the examples of docstrings stand on."""
+    keras.utils.clear_session()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    keras.utils.set_random_seed(0)
+    names = ("stem", "block_1", "block_2", "encoder", "backbone", "log_variance")
+    parts = {name: keras.layers.Dense(4, name=name) for name in names}
+    outputs = inputs = keras.Input((8,))
+    for layer in parts.values():
+        outputs = layer(outputs)
+    model = TapeModel(inputs, keras.layers.Dense(1, name="head")(outputs))
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    y = x[:, :1]
+    history = callbacks.GradientHistory(weights="head/*")
+    model.fit(x, y, verbose=0, callbacks=[history])
+
+    def build(hp):
+        model = TapeSequential([keras.Input((8,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(hp.Float("learning_rate", 0.01, 0.1)), "mse")
+        return model
+
+    tuner = keras_tuner.RandomSearch(build, "val_loss", max_trials=1, directory=tmp_path)
+    monkeypatch.setattr(tuner, "search", functools.partial(tuner.search, validation_split=0.5))
+    return {
+        **{name: getattr(keras_tapefit, name) for name in NAMES[keras_tapefit].split()},
+        **{module.__name__.split(".")[-1]: module for module in NAMES},
+        **{"keras": keras, "keras_tuner": keras_tuner, "tf": tf, "np": np},
+        **{"model": model, "backbone": parts["backbone"], "x": x, "y": y},
+        **{"history": history, "build": build, "tuner": tuner},
+        "gradients": model.compute_gradients(x, y),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if examples_of(PUBLIC[name])])
+def test_examples_of_docstrings_run(name, room, tmp_path):
+    for number, code in enumerate(examples_of(PUBLIC[name])):
+        # A file, so that AutoGraph finds the source.
+        path = tmp_path / f"example_{number}.py"
+        path.write_text(code, encoding="utf-8")
+        exec(compile(code, str(path), "exec"), dict(room))
+
+
+def test_an_import_brings_nothing_that_is_not_used():
+    """And finds no other package missing: none of the extras is imported."""
+    heavy = ["keras_tuner", "matplotlib", "tensorboard", "pandas", "keras_tapefit.tuning"]
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_tapefit; "
+        f"print([m for m in {heavy!r} if m in set(sys.modules) - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_another_backend_is_refused(tmp_path):
+    code = "import keras_tapefit"
+    environment = {"KERAS_BACKEND": "numpy", "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 1
+    assert "backend='numpy'" in done.stderr and "KERAS_BACKEND=tensorflow" in done.stderr
+
+
+def test_the_version_is_one():
+    if sys.version_info < (3, 11):
+        pytest.skip("the reader of TOML came with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == keras_tapefit.__version__
+
+
+def test_sequential_is_public():
+    assert issubclass(TapeSequential, keras.Sequential)
