@@ -46,13 +46,14 @@ class MicroBatches(GradientMethod):
                 total = total.plus(part.gradients.scale(part.weight))
             parts.append(part)
         weights = tf.stack([part.weight for part in parts])
-        shares = weights / tf.reduce_sum(weights)
+        # A replica may have no example of the last batch.
+        shares = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         objective.note(tf.reduce_sum(shares * tf.stack([part.loss for part in parts])))
         objective.note_parts(tf.stack([part.norm for part in parts]), weights)
         outputs = keras.tree.map_structure(_joined, *(part.outputs for part in parts))
         masks = [part.masks for part in parts]
         objective.set_masks(outputs, [_joined(*column) for column in zip(*masks, strict=True)])
-        return total.scale(1.0 / tf.reduce_sum(weights)), outputs
+        return total.scale(tf.math.divide_no_nan(1.0, tf.reduce_sum(weights))), outputs
 
     def _part(self, objective: Objective, batch: Batch, start: Any, stop: Any) -> _Part:
         part = keras.tree.map_structure(

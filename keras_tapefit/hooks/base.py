@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 import keras
 import tensorflow as tf
 
-from keras_tapefit.gradients import Gradients, Targets, deserialize_targets, serialize_targets
+from keras_tapefit.gradients import (
+    Gradients,
+    Targets,
+    deserialize_targets,
+    serialize_targets,
+    variable_path,
+)
 from keras_tapefit.gradients.targets import check_targets, matching
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
 from keras_tapefit.hooks.step import Report, current_step
@@ -53,6 +59,7 @@ class GradientHook:
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     watches_update: ClassVar[bool] = False
+    watches_validation: bool = False
     uses_step_count: bool = False
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
@@ -63,6 +70,7 @@ class GradientHook:
     _built_for: list[int] | None
     _model_variables: list[Any] | None
     _positions: list[int]
+    _places: dict[int, int]
     _units: Callable[[Any], Any] | None
     _owners: Callable[[Any], Any] | None
     targets: Targets
@@ -79,6 +87,7 @@ class GradientHook:
         self._built_for = None
         self._model_variables = None
         self._positions = []
+        self._places = {}
         self._units = None
         self._owners = None
         self.targets = None
@@ -238,6 +247,21 @@ class GradientHook:
             raise RuntimeError(f"`layer` can be used once {self.name!r} is being built.")
         return self._owners(variable)
 
+    def place(self, variable: Any) -> int:
+        """Returns the place of a variable among those that `build` was given.
+
+        Raises:
+            ValueError: when it is none of them.
+        """
+        place = self._places.get(id(variable))
+        if place is None:
+            raise ValueError(
+                f"{self.name!r} keeps something for each trainable variable of the model, "
+                f"and {variable_path(variable)!r} is not one of them. Make it an attribute "
+                "of the model, or give the hook `targets`, such as '*', that leave it out."
+            )
+        return place
+
     def after_update(self, before: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:
         """Looks at, or changes, what the optimizer made of the weights.
 
@@ -247,6 +271,15 @@ class GradientHook:
         Args:
             before: the values of the hook's variables before the update.
             variables: those variables, the ones being trained, in the same order.
+        """
+
+    def on_validation(self, gradients: Gradients) -> None:
+        """Looks at the gradients of a batch of `evaluate`; `report` may be used.
+
+        For hooks with `watches_validation = True`.
+
+        Args:
+            gradients: of the hook's variables that are being trained.
         """
 
     def frozen_positions(self, epoch: int, step: int) -> list[int]:
@@ -331,6 +364,7 @@ class GradientHook:
                 number.make_variable(self)
             return
         self._positions = matching(self.targets, variables)
+        self._places = {identity[p]: place for place, p in enumerate(self._positions)}
         self._built_for = identity
         self._model_variables = list(variables)
         self._units = units

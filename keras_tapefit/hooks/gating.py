@@ -68,8 +68,7 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        places = {id(v): i for i, v in enumerate(self._watched)}
-        culprits = tf.constant([places[id(v)] for _, v in present], tf.int64)
+        culprits = tf.constant([self.place(v) for _, v in present], tf.int64)
         last = culprits[-1]
 
         def look() -> tuple[tf.Tensor, tf.Tensor]:

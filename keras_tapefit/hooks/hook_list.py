@@ -182,9 +182,14 @@ class HookList(MutableSequence[GradientHook]):
         """Whether any of the hooks looks at the update, or changes it."""
         return any(hook.watches_update for hook in self._hooks)
 
-    def structure(self) -> tuple[tuple[int, int], ...]:
+    @property
+    def watches_validation(self) -> bool:
+        """Whether any of the hooks looks at the gradients of validation batches."""
+        return any(hook.watches_validation for hook in self._hooks)
+
+    def structure(self) -> tuple[tuple[GradientHook, int], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
-        return tuple((id(hook), hook._structure) for hook in self._hooks)
+        return tuple((hook, hook._structure) for hook in self._hooks)
 
     def prepare(
         self,
@@ -217,6 +222,19 @@ class HookList(MutableSequence[GradientHook]):
                 step.hook = hook
                 gradients = _apply(hook, gradients)
         return gradients
+
+    def validate(self, gradients: Gradients, step: Step) -> None:
+        """Shows the gradients of a validation batch to the hooks that look at them.
+
+        Args:
+            gradients: true gradients, duplicate rows summed.
+            step: takes up what the hooks report.
+        """
+        with running(step):
+            for hook in self._hooks:
+                if hook.watches_validation:
+                    step.hook = hook
+                    hook.on_validation(gradients._subset(_positions(hook, gradients.variables)))
 
     def watch_update(self, variables: Sequence[Any], step: Step) -> Callable[[], None]:
         """Puts weights aside for the hooks that look at the update.

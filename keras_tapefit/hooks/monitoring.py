@@ -8,7 +8,11 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets, variable_path
 from keras_tapefit.gradients.norms import joint_norm
+from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks.base import GradientHook
+
+# Of the moving mean of the training gradients.
+_MOMENTUM = 0.9
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -16,18 +20,29 @@ class GradientMonitor(GradientHook):
     """Logs the norm of the gradients at its place in the list.
 
     The epoch mean appears in the progress bar, in `History` and to every callback, so
-    `EarlyStopping(monitor="gradient_norm")` works. Two monitors, one before and one
-    after a clipping hook, show what the clipping does.
+    `EarlyStopping(monitor="gradient_norm", mode="min")` works. Two monitors, one before
+    and one after a clipping hook, show what the clipping does.
+
+    With `validation=True` it looks at the batches of `evaluate` too, and so at the
+    validation of `fit`: `val_gradient_norm`, and `val_gradient_cosine`, which is large
+    where what is being learned helps the validation data too, and about 0 where it has
+    nothing to do with them. That takes a forward and a backward pass more for each of
+    these batches, and memory for a copy of the weights.
+
+    Formula: the cosine is that of the angle between the gradient of the loss on the
+    validation batch, with `training=False`, and the moving mean `m ← 0.9·m + 0.1·g` of
+    the training gradients.
 
     Args:
         per_variable: whether each variable's norm is logged too, as
             `"<entry>/<variable.path>"`.
+        validation: whether to look at the batches of `evaluate`.
         targets: the variables to look at; `None`: all.
-        name: the hook's name. The log entry is `gradient_norm`, or `<name>_norm` when a
-            name is given.
+        name: the hook's name. The log entries are `gradient_norm` and
+            `gradient_cosine`, or `<name>_norm` and `<name>_cosine` when a name is given.
 
     Raises:
-        TypeError: when `per_variable` is no bool.
+        TypeError: when `per_variable` or `validation` is no bool.
 
     Example:
 
@@ -45,22 +60,50 @@ class GradientMonitor(GradientHook):
     """
 
     def __init__(
-        self, per_variable: bool = False, targets: Targets = None, name: str | None = None
+        self,
+        per_variable: bool = False,
+        validation: bool = False,
+        targets: Targets = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        if not isinstance(per_variable, bool):
-            raise TypeError(
-                f"`per_variable` must be a bool. Received: per_variable={per_variable!r}."
-            )
+        _check_bool("per_variable", per_variable)
+        _check_bool("validation", validation)
         self.per_variable = per_variable
+        self.validation = self.watches_validation = validation
+
+    def build(self, variables: Sequence[Any]) -> None:
+        watched = variables if self.validation else []
+        self._means = [
+            self.add_variable(shape=tuple(v.shape), name=f"mean_{i}") for i, v in enumerate(watched)
+        ]
 
     def apply(self, gradients: Gradients) -> Gradients:
-        entry = "gradient_norm" if self._name is None else f"{self._name}_norm"
-        self.report(entry, gradients.global_norm())
+        self._report_norms(gradients)
+        if self.validation:
+            for gradient, variable in gradients.pairs():
+                if gradient is not None:
+                    mean = self._means[self.place(variable)]
+                    new = tf.cast(to_dense(gradient), tf.float32)
+                    mean.assign(_MOMENTUM * mean.value + (1.0 - _MOMENTUM) * new)
+        return gradients
+
+    def on_validation(self, gradients: Gradients) -> None:
+        self._report_norms(gradients)
+        present = [(to_dense(g), v) for g, v in gradients.pairs() if g is not None]
+        found = [tf.cast(gradient, tf.float32) for gradient, _ in present]
+        means = [tf.convert_to_tensor(self._means[self.place(v)].value) for _, v in present]
+        self.report(f"{self._entry}_cosine", _cosine(found, means))
+
+    @property
+    def _entry(self) -> str:
+        return "gradient" if self._name is None else self._name
+
+    def _report_norms(self, gradients: Gradients) -> None:
+        self.report(f"{self._entry}_norm", gradients.global_norm())
         if self.per_variable:
             for path, norm in gradients.norms().items():
-                self.report(f"{entry}/{path}", norm)
-        return gradients
+                self.report(f"{self._entry}_norm/{path}", norm)
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -98,10 +141,7 @@ class UpdateMonitor(GradientHook):
         self, per_variable: bool = False, targets: Targets = None, name: str | None = None
     ) -> None:
         super().__init__(targets=targets, name=name)
-        if not isinstance(per_variable, bool):
-            raise TypeError(
-                f"`per_variable` must be a bool. Received: per_variable={per_variable!r}."
-            )
+        _check_bool("per_variable", per_variable)
         self.per_variable = per_variable
 
     def apply(self, gradients: Gradients) -> Gradients:
@@ -115,6 +155,24 @@ class UpdateMonitor(GradientHook):
         if self.per_variable:
             for variable, change, old in zip(variables, changes, before, strict=True):
                 self.report(f"{entry}/{variable_path(variable)}", _ratio([change], [old]))
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
+
+
+def _cosine(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns the cosine of the angle between two vectors in parts; 0 where one is zero."""
+    if not a:
+        return tf.zeros(())
+    lengths = joint_norm(a), joint_norm(b)
+    products = [
+        # Along unit vectors, so that none overflows.
+        tf.math.divide_no_nan(x, lengths[0]) * tf.math.divide_no_nan(y, lengths[1])
+        for x, y in zip(a, b, strict=True)
+    ]
+    return tf.add_n([tf.reduce_sum(product) for product in products])
 
 
 def _ratio(changes: Sequence[tf.Tensor], weights: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -98,14 +98,13 @@ class GradientNoise(GradientHook):
         self._streams = self.add_variable(
             initializer=(streams >> 1).astype("int32"), dtype="int32", name="streams"
         )
-        self._stream_of = {id(v): i for i, v in enumerate(variables)}
 
     def apply(self, gradients: Gradients) -> Gradients:
         time = tf.cast(self.step, tf.float32)
         stddev = self.stddev / tf.pow(1.0 + time, self.decay / 2.0)
 
         def add_noise(gradient: tf.Tensor, variable: Any) -> tf.Tensor:
-            stream = self._streams.value[self._stream_of[id(variable)]]
+            stream = self._streams.value[self.place(variable)]
             noise = draws.normal(variable.shape, (stream, self.step))
             return gradient + tf.cast(stddev * noise, gradient.dtype)
 

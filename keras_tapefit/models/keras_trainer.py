@@ -24,6 +24,8 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 
+from keras_tapefit.update import replicas
+
 
 def forward(model: Any, x: Any, training: bool) -> Any:
     """Calls the model, with `training` where its `call` takes it."""
@@ -43,9 +45,11 @@ def check_compiled(model: Any, method: str) -> None:
 def compute_loss(model: Any, batch: tuple[Any, Any, Any], y_pred: Any, training: bool) -> Any:
     """Calls `compute_loss`, of the signature with or without `training`."""
     x, y, sample_weight = batch
-    return model._compute_loss(
+    loss = model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )
+    # Of a replica without an example Keras gives the losses of none, not their mean.
+    return loss if replicas.count() == 1 else tf.reduce_sum(loss)
 
 
 def build_losses(model: Any, batch: tuple[Any, Any, Any]) -> None:
@@ -122,6 +126,13 @@ def overrides_compute_loss(model: Any) -> bool:
     return type(model).compute_loss is not keras.Model.compute_loss
 
 
+def averages_examples(model: Any) -> bool:
+    """Whether the loss of a batch is known to be a mean over its examples."""
+    return not overrides_compute_loss(model) and all(
+        loss.reduction != "sum" for loss in _losses(model)
+    )
+
+
 def share_of_replica(loss: Any) -> Any:
     """Returns what a replica adds to the loss, given the loss of its part of a batch."""
     return scale_loss_for_distribution(loss)
@@ -134,6 +145,9 @@ def track_loss(model: Any, loss: Any, x: Any) -> None:
 
 def update_tracker(model: Any, loss: Any, weight: Any) -> None:
     """Adds the loss of a replica's part of a batch to the epoch mean, by its weight."""
+    if replicas.count() > 1:
+        # A replica without an example of the last batch has no number for a mean.
+        loss = tf.where(weight > 0, loss, tf.zeros_like(loss))
     model._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=weight)
 
 

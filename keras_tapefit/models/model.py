@@ -72,10 +72,12 @@ class TapeModel(TapeTrainer, keras.Model):
 
     def build_from_config(self, config: dict[str, Any] | None) -> None:
         """Builds the model as `get_build_config` says."""
-        if config and "parts" in config:
-            building.build_parts(self, config["parts"])
-        else:
-            super().build_from_config(config)
+        # KerasTuner asks for it outside the scope that the model was made in.
+        with self.distribute_strategy.scope():
+            if config and "parts" in config:
+                building.build_parts(self, config["parts"])
+            else:
+                super().build_from_config(config)
         building.complete(self)
 
     @classmethod

@@ -23,10 +23,12 @@ class ModelObjective:
 
     Args:
         model: the model.
+        training: whether layers run as in training.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, training: bool = True) -> None:
         self._model = model
+        self._training = training
         self._runtime = runtime_of(model)
         self.noted: Any = None
 
@@ -147,8 +149,8 @@ class ModelObjective:
         note_parts(self._runtime, norms, weights)
 
     def _loss(self, batch: Batch) -> tuple[tf.Tensor, Any]:
-        y_pred = keras_trainer.forward(self._model, batch[0], training=True)
-        return keras_trainer.compute_loss(self._model, batch, y_pred, training=True), y_pred
+        y_pred = keras_trainer.forward(self._model, batch[0], self._training)
+        return keras_trainer.compute_loss(self._model, batch, y_pred, self._training), y_pred
 
     def _scaled(self, loss: Any) -> Any:
         optimizer = self._model.optimizer

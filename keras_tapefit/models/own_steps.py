@@ -30,6 +30,7 @@ def listening(runtime: Runtime) -> Iterator[None]:
     optimizer = getattr(runtime.model, "optimizer", None)
     if optimizers.has_loss_scale(optimizer):
         methods.append((optimizer, "scale_loss", _note_scaled))
+    if optimizers.has_loss_scale(optimizer) or runtime.window is not None:
         methods.append((optimizer, "apply", _note_applied))
     patched = [m for m in methods if m[1] not in m[0].__dict__]
     for metric, name, note in patched:
@@ -82,9 +83,11 @@ def complete_logs(scope: StepScope, logs: Any, data: Any) -> Any:
 
 def warn_of_scale(scope: StepScope) -> None:
     """Says where a step took gradients of a loss that it did not scale."""
+    model = scope.runtime.model
     if not scope.applied or scope.scaled_loss or scope.updated:
         return
-    model = scope.runtime.model
+    if not optimizers.has_loss_scale(model.optimizer):
+        return
     kind = type(model.optimizer).__name__
     warnings.warn(
         f"The `train_step` of {type(model).__name__} never scales the loss, but its "
@@ -93,6 +96,24 @@ def warn_of_scale(scope: StepScope) -> None:
         "`self.optimizer.scale_loss(loss)`, or compute the loss inside "
         "`with self.gradient_tape() as tape:` and call `tape.minimize(loss)`.",
         stacklevel=2,
+    )
+
+
+def check_accumulation(scope: StepScope) -> None:
+    """Refuses a step that calls an optimizer whose accumulation was taken from it.
+
+    Raises:
+        ValueError: where it does, since each of its steps would be an update.
+    """
+    window = scope.runtime.window
+    if window is None or not scope.applied or scope.updated:
+        return
+    raise ValueError(
+        f"The `train_step` of {type(scope.runtime.model).__name__} calls the optimizer by "
+        f"itself, past its `gradient_accumulation_steps={window.num_steps}`, which belong "
+        "to the model here. Compute the loss inside `with self.gradient_tape() as tape:` "
+        "and call `tape.minimize(loss)`, or pass the gradients to "
+        "`self.apply_gradients(...)`."
     )
 
 

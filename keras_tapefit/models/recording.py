@@ -32,7 +32,8 @@ class Recording:
         """Has steps recorded from the next call of the train function on.
 
         Args:
-            who: for whom. The request ends with its life at the latest.
+            who: for whom, with a method `detach`. The request ends with its life at the
+                latest.
             request: what is wanted.
         """
         self._requests[who] = request
@@ -40,6 +41,11 @@ class Recording:
     def release(self, who: Any) -> None:
         """Ends the request of `who`."""
         self._requests.pop(who, None)
+
+    def end(self) -> None:
+        """Ends all requests: those that a training which broke off has left."""
+        for who in list(self._requests):
+            who.detach()
 
     def structure(self) -> Any:
         """Returns what of the records decides the traced graph."""

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Report
 from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.update import replicas
 from keras_tapefit.update.records import StepRecord
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, accumulate
@@ -40,6 +41,8 @@ class StepScope:
         self._rollback = runtime.rollback()
         self.loss: tf.Tensor | None = None
         self.weight: tf.Tensor | None = None
+        # Whether replicas count by their weights, rather than alike.
+        self.weighs_replicas = False
         self.parts: tuple[tf.Tensor, tf.Tensor] | None = None
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
@@ -66,6 +69,12 @@ class StepScope:
         runtime = self.runtime
         window = runtime.window_of(optimizer)
         if window is None:
+            if self.weighs_replicas and self.weight is not None:
+                share = replicas.relative_share(self.weight)
+                gradients = gradients.scale(share)
+                if self.loss is not None:
+                    # A replica without an example has a loss that is no number.
+                    self.loss = tf.math.multiply_no_nan(self.loss, share)
             parts = self.parts
             if parts is None and self.weight is not None and runtime.hooks.uses_parts:
                 norm = tf.cast(gradients.global_norm(), tf.float32)
@@ -74,9 +83,8 @@ class StepScope:
         weight = tf.constant(1.0) if self.weight is None else self.weight
         runtime.prepare(optimizer)
         window.missing = [g is None for g in gradients.values()]
-        return accumulate(
-            gradients, optimizer, runtime.hooks, scaled, window, weight, self.settle, watch
-        )
+        step = (gradients, optimizer, runtime.hooks, scaled, window, weight)
+        return accumulate(*step, self.settle, self.loss, watch)
 
     def settle(self, make_update: Callable[[], Outcome]) -> None:
         """Makes the update of a window of accumulated gradients, inside its branch."""

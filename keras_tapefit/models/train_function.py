@@ -144,6 +144,7 @@ class TrainFunction(TracedFunction):
             names[:] = scope.all_report_names()
             _warn_if_passed_over(self._runtime, scope)
             own_steps.warn_of_scale(scope)
+            own_steps.check_accumulation(scope)
             if not isinstance(logs, dict) or not names:
                 return logs
             return {**logs, **self._runtime.reports.results(names)}
@@ -152,7 +153,9 @@ class TrainFunction(TracedFunction):
 
 
 class TestFunction(TracedFunction):
-    """Calls the traced step that evaluates a model that shares traces.
+    """Calls the traced step that evaluates the model as it is now.
+
+    For models that share traces, and hooks that look at the gradients of validation.
 
     Args:
         model: the model.
@@ -165,6 +168,8 @@ class TestFunction(TracedFunction):
         self._traces: dict[Any, Any] = {}
 
     def __call__(self, iterator: Any) -> Any:
+        if self._model.built:
+            self._runtime.prepare(self._model.optimizer)
         # What is trained changes an evaluation too: layers may look at `trainable`.
         key = (Flags(self._model).read(), self._runtime.hooks.structure())
         shared = self._runtime.shared

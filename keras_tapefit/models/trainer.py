@@ -15,14 +15,14 @@ from keras_tapefit.backward.base import check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
-from keras_tapefit.models import building, compile_arguments, keras_trainer, strategies
+from keras_tapefit.models import building, compile_arguments, keras_trainer, strategies, validation
 from keras_tapefit.models.objective import ModelObjective
 from keras_tapefit.models.runtime import Runtime, runtime_of
 from keras_tapefit.models.scope import StepScope, open_scope
 from keras_tapefit.models.tape import StepTape, prepare_optimizer
 from keras_tapefit.models.train_function import TestFunction, TrainFunction
 from keras_tapefit.models.window import flush_window
-from keras_tapefit.update import optimizers, trainable
+from keras_tapefit.update import optimizers, replicas, trainable
 from keras_tapefit.update.rollback import Rollback
 
 
@@ -66,7 +66,8 @@ class TapeTrainer:
         y_pred = keras_trainer.forward(self, x, training=False)
         loss = keras_trainer.compute_loss(self, batch, y_pred, training=False)
         keras_trainer.track_loss(self, loss, x)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return {**logs, **validation.watch(runtime_of(self), batch, y_pred)}
 
     def compile(
         self,
@@ -166,21 +167,21 @@ class TapeTrainer:
         if self.built:
             runtime_of(self).prepare(self.optimizer)
             shared = runtime_of(self).shared
-            if shared is not None and self.optimizer.built:
+            if shared is not None and getattr(self.optimizer, "built", False):
                 shared.settle(self)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `evaluate` calls; as `keras.Model` does."""
-        own = strategies.needs_own_function(self)
-        if not own and runtime_of(self).shared is None:
+        runtime = runtime_of(self)
+        kept = None if force else self.test_function
+        if runtime.hooks.watches_validation or runtime.shared is not None:
+            if not isinstance(kept, TestFunction):
+                self.test_function: Any = TestFunction(self, runtime)
+        elif not strategies.needs_own_function(self):
             return super().make_test_function(force=force)
-        if self.test_function is None or force:
-            self.test_function: Any = (
-                strategies.make_function(self, self.test_step)
-                if own
-                else TestFunction(self, runtime_of(self))
-            )
+        elif kept is None:
+            self.test_function = strategies.make_function(self, self.test_step)
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
@@ -192,11 +193,14 @@ class TapeTrainer:
         if iterator is None or not strategies.needs_own_build(self):
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
             return
+        # Before the optimizer is built, which else makes accumulators of its own.
+        optimizers.take_over_accumulation(self.optimizer)
         keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         strategies.check_scope(self)
+        runtime_of(self).recording.end()
         bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
         bound.arguments["callbacks"] = _with_clock(
             bound.arguments.get("callbacks"), runtime_of(self)
@@ -400,12 +404,27 @@ def _update(
 ) -> None:
     opened = open_scope(runtime)
     scope = opened or StepScope(runtime)
-    weighed = runtime.window_of(optimizer) is not None or runtime.hooks.uses_parts
-    if weigh is not None and weighed:
-        scope.weight = weigh()
+    if weigh is not None:
+        scope.weighs_replicas = _weighs_replicas(runtime)
+        window = runtime.window_of(optimizer)
+        if window is not None or runtime.hooks.uses_parts or scope.weighs_replicas:
+            scope.weight = weigh()
     scope.update(gradients, optimizer, scaled)
     if opened is None:
         scope.finish(None)
+
+
+def _weighs_replicas(runtime: Runtime) -> bool:
+    """Whether replicas with unequal parts of a batch have to count by their size.
+
+    Keras averages them alike, so that its last batch of an epoch is another one than on
+    one device.
+    """
+    return (
+        replicas.count() > 1
+        and runtime.backward.takes_parts
+        and keras_trainer.averages_examples(runtime.model)
+    )
 
 
 def _set_trainable(model: Any, targets: Targets, value: bool) -> None:

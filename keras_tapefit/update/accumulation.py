@@ -30,33 +30,44 @@ class Accumulation:
 
     Attributes:
         missing: for each variable being trained whether the loss does not depend on it.
+        has_loss: whether the losses of the steps are known.
     """
 
     def __init__(self, variables: Sequence[Any], num_steps: int) -> None:
         self.num_steps = num_steps
         self.missing: list[bool] = []
+        self.has_loss = False
         self._sums = {id(v): _zeros(v.shape, f"sum_{i}") for i, v in enumerate(variables)}
+        self._loss = _zeros((), "loss")
         self._weight = _zeros((), "weight")
         self._steps = _zeros((), "steps")
 
     @property
     def variables(self) -> list[Any]:
         """The state."""
-        return [*self._sums.values(), self._weight, self._steps]
+        return [*self._sums.values(), self._loss, self._weight, self._steps]
 
-    def add(self, gradients: Gradients, weight: tf.Tensor, accepted: tf.Tensor | None) -> None:
+    def add(
+        self,
+        gradients: Gradients,
+        weight: tf.Tensor,
+        accepted: tf.Tensor | None,
+        loss: Any = None,
+    ) -> None:
         """Adds the gradients of one step.
 
         Args:
             gradients: of this replica, without loss scale.
             weight: scalar, what the step counts for: its number of examples.
             accepted: scalar bool; a rejected step counts for nothing. `None`: accepted.
+            loss: this replica's share of the loss, where it is known.
         """
-        for gradient, variable in gradients.pairs():
-            if gradient is None:
-                continue
-            sums = self._sums[id(variable)]
-            total = sums.value + weight * tf.cast(to_dense(gradient), tf.float32)
+        terms = [(self._sums[id(v)], to_dense(g)) for g, v in gradients.pairs() if g is not None]
+        self.has_loss = loss is not None
+        if self.has_loss:
+            terms.append((self._loss, loss))
+        for sums, value in terms:
+            total = sums.value + weight * tf.cast(value, tf.float32)
             sums.assign(total if accepted is None else tf.where(accepted, total, sums.value))
         counted = weight if accepted is None else tf.where(accepted, weight, 0.0)
         self._weight.assign(self._weight.value + counted)
@@ -77,13 +88,24 @@ class Accumulation:
             like: the variables being trained.
             missing: for each whether the loss does not depend on it.
         """
-        factor = tf.math.divide_no_nan(1.0, self._weight.value)
+        factor = self._factor()
         return Gradients(
             [
                 (None if gone else tf.cast(self._sums[id(v)].value * factor, v.dtype), v)
                 for v, gone in zip(like, missing, strict=True)
             ]
         )
+
+    def mean_loss(self) -> tf.Tensor | None:
+        """Returns this replica's share of the mean loss, where it is known."""
+        if not self.has_loss:
+            return None
+        return self._loss.value * self._factor()
+
+    def _factor(self) -> tf.Tensor:
+        # Replicas count by their weights too; their sums are added up afterwards.
+        total = replicas.sum_over(self._weight.value)
+        return tf.math.divide_no_nan(float(replicas.count()), total)
 
     def as_part(self, mean: Gradients) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns norm and weight of this replica's share of the window, each `[1]`."""

@@ -139,7 +139,11 @@ def accumulation_shown(optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def already_reduced(optimizer: Any) -> Iterator[None]:
-    """Has `optimizer.apply` take gradients as summed over replicas and unscaled."""
+    """Has `optimizer.apply` take gradients as summed over replicas and unscaled.
+
+    It leaves out `ema_overwrite_frequency`, whose branch Keras takes inside one replica;
+    see `overwrites`.
+    """
     entered = list(leaves(optimizer))
     for leaf in entered:
         # Past Keras's attribute tracking. Counted and not thread-local: the threads of
@@ -148,6 +152,8 @@ def already_reduced(optimizer: Any) -> Iterator[None]:
         if state.setdefault("_tapefit_depth", 0) == 0:
             state["_tapefit_factor"] = leaf.loss_scale_factor
             leaf.loss_scale_factor = None
+            state["_tapefit_overwrite"] = leaf.ema_overwrite_frequency
+            leaf.ema_overwrite_frequency = None
             state["_all_reduce_sum_gradients"] = list
         state["_tapefit_depth"] += 1
     try:
@@ -158,7 +164,27 @@ def already_reduced(optimizer: Any) -> Iterator[None]:
             state["_tapefit_depth"] -= 1
             if state["_tapefit_depth"] == 0:
                 leaf.loss_scale_factor = state.pop("_tapefit_factor")
+                leaf.ema_overwrite_frequency = state.pop("_tapefit_overwrite")
                 del state["_all_reduce_sum_gradients"], state["_tapefit_depth"]
+
+
+def overwrites(optimizer: Any) -> list[tuple[Any, int]]:
+    """Returns the optimizers that put averages in the place of weights, and how often."""
+    frequencies = [
+        # Another replica may be inside `already_reduced`.
+        (leaf, leaf.__dict__.get("_tapefit_overwrite", leaf.ema_overwrite_frequency))
+        for leaf in leaves(optimizer)
+        if leaf.use_ema and leaf.built
+    ]
+    return [(leaf, frequency) for leaf, frequency in frequencies if frequency]
+
+
+def overwrite(leaf: Any, _: Any = None) -> None:
+    """Puts the averages of one optimizer in the place of weights."""
+    pairs = zip(leaf._trainable_variables, leaf._model_variables_moving_average, strict=True)
+    for variable, average in pairs:
+        if average is not None:
+            variable.assign(average)
 
 
 @contextlib.contextmanager

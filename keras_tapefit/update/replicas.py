@@ -33,6 +33,14 @@ def sum_over(value: Any) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
+def relative_share(weight: tf.Tensor) -> tf.Tensor:
+    """Returns by how much more than the others a replica counts, given its weight.
+
+    Exactly 1 where all have the same.
+    """
+    return tf.math.divide_no_nan(count() * weight, sum_over(weight))
+
+
 def all_true(value: tf.Tensor) -> tf.Tensor:
     """Returns whether a scalar bool is true on every replica."""
     return sum_over(tf.cast(~value, tf.int32)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,7 @@ def accumulate(
     accumulation: Accumulation,
     weight: tf.Tensor,
     settle: Settle,
+    loss: Any = None,
     watch: Watch | None = None,
 ) -> Outcome:
     """Adds gradients to the window, and makes the update where it is full.
@@ -149,6 +151,7 @@ def accumulate(
         weight: scalar float32, the number of examples of the step.
         settle: called inside the branch of the update; makes it and takes up what
             became of it.
+        loss: this replica's share of the loss, where it is known.
         watch: looks at the step, and at the update where there is one.
 
     Returns:
@@ -162,7 +165,7 @@ def accumulate(
         finite = replicas.all_true(gradients.all_finite())
     if scaled and scale is not None:
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
-    accumulation.add(gradients, weight, finite)
+    accumulation.add(gradients, weight, finite, loss)
     missing = [g is None for g in gradients.values()]
     variables = gradients.variables
     full = accumulation.is_full()
@@ -193,7 +196,8 @@ def close(
     def make_update(_: Any) -> None:
         mean = accumulation.mean(variables, missing)
         parts = accumulation.as_part(mean) if hooks.uses_parts else None
-        settle(lambda: update(mean, optimizer, hooks, scaled=False, parts=parts, watch=watch))
+        loss = accumulation.mean_loss()
+        settle(lambda: update(mean, optimizer, hooks, False, loss, parts, watch))
 
     replicas.when(accumulation.is_started(), make_update, [])
     accumulation.clear()
@@ -260,7 +264,16 @@ def _applying(
         padded: list[Any] = [None] * len(variables)
         for position, value in zip(present, values, strict=True):
             padded[position] = value
+        overwriting = [
+            (leaf, frequency, tf.identity(leaf.iterations.value))
+            for leaf, frequency in optimizers.overwrites(optimizer)
+        ]
         with optimizers.already_reduced(optimizer):
             optimizers.apply(optimizer, padded, variables)
+        for leaf, frequency, before in overwriting:
+            count = tf.convert_to_tensor(leaf.iterations.value)
+            # A step that overflowed counts for nothing.
+            due = (count != before) & (count % frequency == 0)
+            replicas.when(due, functools.partial(optimizers.overwrite, leaf), [])
 
     return apply

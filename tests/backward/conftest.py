@@ -4,6 +4,11 @@ import pytest
 from training import MODES
 
 
-@pytest.fixture(params=MODES)
+EVERYDAY = ("graph", "xla", "replicas")
+
+
+@pytest.fixture(
+    params=[m if m in EVERYDAY else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+)
 def mode(request) -> str:
     return request.param

@@ -18,6 +18,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_tapefit import TapeModel, hooks
+from keras_tapefit.update import optimizers
 
 BATCH_SIZE = 12
 NUM_EPOCHS = 2
@@ -35,6 +36,7 @@ class Mode:
         feed: takes the data, and returns what `fit` gets.
         tolerance: the largest relative difference of weights and logs to the reference.
         leaves_out: names of hooks and optimizers that have no meaning here, by reason.
+        everyday: whether it is in the slice that runs with the everyday tests.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Mode:
     }
     tolerance: float = 1e-6
     leaves_out: dict[str, str] = field(default_factory=dict)
+    everyday: bool = False
 
 
 @functools.cache
@@ -59,18 +62,48 @@ def mirrored(num_replicas: int) -> Any:
     )
 
 
+def _accumulating(optimizer: Any, steps: int = 4) -> Any:
+    for leaf in optimizers.leaves(optimizer):
+        leaf.gradient_accumulation_steps = steps
+    return optimizer
+
+
 def _loss_scale(optimizer: Any) -> Any:
     return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**12)
 
+
+# Accumulated gradients are of batches, and it is a batch that is bad.
+_OF_WINDOWS = {
+    "SkipNonFinite": "a bad batch costs itself, and not the window that it is in",
+    "SkipSpikes": "of a window that is rejected the metrics of its earlier batches count",
+    "SkipSpikes of the loss": "as SkipSpikes",
+}
 
 REFERENCE = Mode("graph", {"jit_compile": False})
 
 MODES = [
     Mode("eager", {"run_eagerly": True}),
-    Mode("XLA", {"jit_compile": True}),
+    Mode("XLA", {"jit_compile": True}, everyday=True),
     Mode("3 steps per execution", {"steps_per_execution": 3, "jit_compile": False}),
-    Mode("2 replicas", strategy=lambda: mirrored(2).scope()),
+    Mode("2 replicas", strategy=lambda: mirrored(2).scope(), everyday=True),
     Mode("loss scale", {"jit_compile": False}, optimizer=_loss_scale),
+    Mode("update in XLA", {"jit_compile": "update"}),
+    Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}),
+    Mode(
+        "4 accumulated",
+        {"jit_compile": False},
+        optimizer=_accumulating,
+        feed=lambda data: {**data, "batch_size": BATCH_SIZE // 4, "shuffle": False},
+        leaves_out=_OF_WINDOWS,
+        everyday=True,
+    ),
+    Mode(
+        "2 accumulated on 2 replicas",
+        strategy=lambda: mirrored(2).scope(),
+        optimizer=functools.partial(_accumulating, steps=2),
+        feed=lambda data: {**data, "batch_size": BATCH_SIZE // 2, "shuffle": False},
+        leaves_out=_OF_WINDOWS,
+    ),
 ]
 
 

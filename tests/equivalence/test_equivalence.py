@@ -8,35 +8,29 @@ from keras_tapefit import hooks
 from . import cases
 
 EVERYDAY = ("embedding", "SGD")
-REST = [
-    (model, optimizer)
+CELLS = [
+    pytest.param(
+        hook,
+        mode,
+        model,
+        optimizer,
+        marks=[] if mode.everyday and (model, optimizer) == EVERYDAY else [pytest.mark.slow],
+        id=f"{hook}-{mode.name}-{model}-{optimizer}",
+    )
+    for hook in cases.HOOKS
+    for mode in cases.MODES
     for model in cases.MODELS
     for optimizer in cases.OPTIMIZERS
-    if (model, optimizer) != EVERYDAY
 ]
 
 
-def _check(hook, mode, optimizer, model):
+@pytest.mark.parametrize(("hook", "mode", "model", "optimizer"), CELLS)
+def test_equals_a_plain_graph(hook, mode, model, optimizer):
     for left_out, reason in mode.leaves_out.items():
         if left_out in (hook, optimizer, model):
             pytest.skip(reason)
     found = cases.differences(hook, mode, optimizer, model)
     assert max(found.values()) <= mode.tolerance, found
-
-
-@pytest.mark.parametrize("mode", cases.MODES, ids=lambda mode: mode.name)
-@pytest.mark.parametrize("hook", cases.HOOKS)
-def test_everyday(hook, mode):
-    model, optimizer = EVERYDAY
-    _check(hook, mode, optimizer, model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "optimizer"), REST)
-@pytest.mark.parametrize("mode", cases.MODES, ids=lambda mode: mode.name)
-@pytest.mark.parametrize("hook", cases.HOOKS)
-def test_the_rest(hook, mode, model, optimizer):
-    _check(hook, mode, optimizer, model)
 
 
 @pytest.mark.parametrize("hook", cases.HOOKS)

@@ -42,7 +42,7 @@ HOOKS = {
     "LearningRateMultiplier": lambda: hooks.LearningRateMultiplier(0.5, targets="a/*", name="x"),
     "Freezing": lambda: hooks.Freezing("a/*", epochs=(1, 3), name="x"),
     "GradualUnfreezing": lambda: hooks.GradualUnfreezing(["b/*", ["a/*"]], 2, "*", name="x"),
-    "GradientMonitor": lambda: hooks.GradientMonitor(True, targets="a/*", name="x"),
+    "GradientMonitor": lambda: hooks.GradientMonitor(True, True, targets="a/*", name="x"),
     "UpdateMonitor": lambda: hooks.UpdateMonitor(True, targets="a/*", name="x"),
     "LambdaHook": lambda: LambdaHook(halve, targets="a/*", name="x"),
 }

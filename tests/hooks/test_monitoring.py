@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from keras_tapefit import TapeSequential, hooks
@@ -145,6 +146,88 @@ def test_log_entries_are_there_for_callbacks(two_layers):
     assert "val_gradient_norm" not in history.history
 
 
+def _mirrored():
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        {"steps_per_execution": 3},
+        {"strategy": _mirrored},
+        {"strategy": _mirrored, "steps_per_execution": 2},
+        {"optimizer": keras.optimizers.LossScaleOptimizer},
+    ],
+    ids=str,
+)
+def test_gradients_of_validation_batches(options):
+    """Against float64 NumPy: the gradient of `mean((x @ w - y)²)` is `2/n · xᵀ(x @ w - y)`.
+
+    Of the last batches replicas have unequal parts. Dropout is off in an evaluation.
+    """
+    options = dict(options)
+    with options.pop("strategy", tf.distribute.get_strategy)().scope():
+        model = TapeSequential(
+            [keras.Input((4,)), layers.Dense(1, use_bias=False), layers.Dropout(0.0)]
+        )
+        optimizer = options.pop("optimizer", lambda inner: inner)(keras.optimizers.SGD(0.1))
+        monitor = hooks.GradientMonitor(validation=True)
+        model.compile(optimizer, "mse", gradient_hooks=[monitor], **options)
+    w = np.ones((4, 1))
+    model.set_weights([w])
+    y = Y[:, :1]
+
+    def gradient(x, y):
+        return 2 / len(x) * x.T @ (x @ w - y)
+
+    mean = np.zeros((4, 1))
+    for start in (0, 8, 16):
+        g = gradient(X[start : start + 8], y[start : start + 8])
+        mean = 0.9 * mean + 0.1 * g
+        w = w - 0.1 * g
+    held_out = [gradient(X[i : i + 8], y[i : i + 8]) for i in (0, 8)]
+    held_out.append(gradient(X[16:19], y[16:19]))
+    norms = [np.linalg.norm(g) for g in held_out]
+    cosines = [
+        (g * mean).sum() / norm / np.linalg.norm(mean)
+        for g, norm in zip(held_out, norms, strict=True)
+    ]
+    history = model.fit(
+        X,
+        y,
+        batch_size=8,
+        shuffle=False,
+        verbose=0,
+        validation_data=(X[:19], y[:19]),
+        validation_batch_size=8,
+    ).history
+    assert history["val_gradient_norm"] == pytest.approx([np.mean(norms)], rel=1e-5)
+    assert history["val_gradient_cosine"] == pytest.approx([np.mean(cosines)], rel=1e-5)
+    np.testing.assert_allclose(model.get_weights()[0], w, rtol=1e-5)
+    logs = model.evaluate(X[:19], y[:19], batch_size=8, verbose=0, return_dict=True)
+    assert logs["gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
+
+
+def test_an_evaluation_changes_nothing_and_follows_the_list_of_hooks(two_layers):
+    two_layers.gradient_hooks.set([hooks.GradientMonitor(name="all", validation=True)])
+    assert "val_all_cosine" in two_layers.fit(X, Y, validation_split=0.5, verbose=0).history
+    two_layers.freeze("first/*")
+    before = [v.numpy() for v in [*two_layers.variables, *two_layers.optimizer.variables]]
+    logs = two_layers.evaluate(X, Y, verbose=0, return_dict=True)
+    g = two_layers.compute_gradients(X, Y)
+    assert logs["all_norm"] == pytest.approx(float(g.global_norm()), rel=1e-5)
+    after = [v.numpy() for v in [*two_layers.variables, *two_layers.optimizer.variables]]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    two_layers.gradient_hooks.set([hooks.GradientMonitor()])
+    assert set(two_layers.evaluate(X, Y, verbose=0, return_dict=True)) == {"loss"}
+
+
 def test_two_hooks_may_not_report_the_same_name(two_layers):
     two_layers.gradient_hooks.set([hooks.GradientMonitor(), hooks.GradientMonitor()])
     with pytest.raises(ValueError, match="Two hooks report 'gradient_norm'. Give one of them a `n"):
@@ -172,6 +255,8 @@ def test_wrong_arguments():
             TypeError, match="`per_variable` must be a bool. Received: per_variable=1"
         ):
             make(per_variable=1)
+    with pytest.raises(TypeError, match="`validation` must be a bool. Received: validation='yes'"):
+        hooks.GradientMonitor(validation="yes")
     hook = hooks.GradientMonitor()
     with pytest.raises(
         ValueError, match="`reduction` must be 'mean' or 'sum'. Received: reduction="

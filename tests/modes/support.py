@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 from keras.src.optimizers.multi_optimizer import OptimizerMap
@@ -113,6 +114,7 @@ def trained(
     model_class: Any = TapeModel,
     num_examples: int = NUM_EXAMPLES,
     fit: dict[str, Any] | None = None,
+    policy: str = "float32",
     **options: Any,
 ) -> Any:
     """Trains a model on batches in a fixed order; `model.log` is the history."""
@@ -120,16 +122,27 @@ def trained(
     keras.utils.clear_session()
     keras.utils.set_random_seed(5)
     scope = mirrored(num_replicas).scope() if num_replicas > 1 else contextlib.nullcontext()
-    with scope:
-        made = make(model_class)
-        if num_replicas == 1 and "run_eagerly" not in options:
-            options = {"jit_compile": False, **options}
-        made.compile(optimizer(), options.pop("loss", "mse"), **options)
-    given = {"batch_size": batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
-    given = {"x": x[:num_examples], "y": y[:num_examples], **given, **(fit or {})}
-    history = made.fit(**given)
-    made.log = history.history
+    with dtype_policy(policy):
+        with scope:
+            made = make(model_class)
+            if num_replicas == 1 and "run_eagerly" not in options:
+                options = {"jit_compile": False, **options}
+            made.compile(optimizer(), options.pop("loss", "mse"), **options)
+        given = {"batch_size": batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
+        given = {"x": x[:num_examples], "y": y[:num_examples], **given, **(fit or {})}
+        made.log = made.fit(**given).history
     return made
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Sets a dtype policy for a while; `clear_session` inside would take it away again."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def vector(values: Any) -> np.ndarray:
@@ -169,3 +182,40 @@ def assert_replicas_agree(model: Any, leave_out: str = "moving_") -> None:
         assert len(copies) == model.distribute_strategy.num_replicas_in_sync, variable.path
         for copy in copies[1:]:
             np.testing.assert_array_equal(copy.numpy(), copies[0].numpy(), variable.path)
+
+
+def modes(*everyday: str) -> list[Any]:
+    """Returns the names of all modes, those not named as slow tests."""
+    slow = pytest.mark.slow
+    return [m if m in everyday else pytest.param(m, marks=slow) for m in MODES]
+
+
+def cells(
+    names: Iterable[str], everyday: Iterable[tuple[str, str]], thorough: str, others: Iterable[str]
+) -> list[Any]:
+    """Returns pairs of a mode and a name, those not in `everyday` as slow tests.
+
+    Args:
+        names: of optimizers.
+        everyday: the pairs that are tested every day.
+        thorough: the name that is tested in all modes.
+        others: the modes of the other names.
+    """
+    pairs = {(mode, n) for n in names for mode in (MODES if n == thorough else others)}
+    slow = pytest.mark.slow
+    rest = [pytest.param(*pair, marks=slow) for pair in sorted(pairs - set(everyday))]
+    return [*everyday, *rest]
+
+
+@contextlib.contextmanager
+def no_rewriting() -> Iterator[None]:
+    """Keeps TensorFlow from regrouping sums, by where in a graph they stand.
+
+    Several steps in one graph are otherwise rounded by their places in it.
+    """
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False, **before})

@@ -1,0 +1,45 @@
+"""The gradients of validation batches, for hooks that look at them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.backward.base import Batch
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.hooks.step import Step
+from keras_tapefit.models import keras_trainer
+from keras_tapefit.models.objective import ModelObjective
+from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.update import optimizers, replicas
+
+
+def watch(runtime: Runtime, batch: Batch, y_pred: Any) -> dict[str, tf.Tensor]:
+    """Shows the gradients of a batch to the hooks that ask for them.
+
+    Args:
+        runtime: the private side of the model.
+        batch: of `evaluate`.
+        y_pred: what the model made of it.
+
+    Returns:
+        What the hooks report, means over the batches so far; without such hooks nothing,
+        and nothing is computed.
+    """
+    model = runtime.model
+    variables = model.trainable_variables
+    if not runtime.hooks.watches_validation or not variables:
+        return {}
+    objective = ModelObjective(model, training=False)
+    _, found = objective.gradients_at(batch)
+    gradients = Gradients(zip(found, variables, strict=True))
+    if replicas.count() > 1 and keras_trainer.averages_examples(model):
+        gradients = gradients.scale(replicas.relative_share(objective.weight(batch, y_pred)))
+    gradients = replicas.all_reduce(gradients).with_unique_rows()
+    scale = optimizers.loss_scale(model.optimizer)
+    if scale is not None:
+        gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
+    step = Step(index=objective.steps())
+    runtime.hooks.validate(gradients, step)
+    return runtime.reports.results(runtime.reports.add(step.reports, None))
