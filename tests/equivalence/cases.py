@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from keras_tapefit import TapeModel, hooks
+from keras_tapefit import TapeModel, backward, hooks
 from keras_tapefit.update import optimizers
 
 BATCH_SIZE = 12
@@ -34,6 +34,7 @@ class Mode:
         strategy: makes the strategy in whose scope the model is made.
         optimizer: what is put around the optimizer.
         feed: takes the data, and returns what `fit` gets.
+        body: what stands in the place of a model's first layers, by its name.
         tolerance: the largest relative difference of weights and logs to the reference.
         leaves_out: names of hooks and optimizers that have no meaning here, by reason.
         everyday: whether it is in the slice that runs with the everyday tests.
@@ -48,6 +49,7 @@ class Mode:
         "batch_size": BATCH_SIZE,
         "shuffle": False,
     }
+    body: dict[str, Callable[[], Any]] = field(default_factory=dict)
     tolerance: float = 1e-6
     leaves_out: dict[str, str] = field(default_factory=dict)
     everyday: bool = False
@@ -72,14 +74,39 @@ def _loss_scale(optimizer: Any) -> Any:
     return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**12)
 
 
+REFERENCE = Mode("graph", {"jit_compile": False})
+
+_OF_PARTS = {
+    "SharpnessAware": "each part has a point uphill of its own",
+    "ProjectedConflicts": "the conflicts are those of each part",
+    "PerExampleClipping": "refused, since its `chunk_size` bounds the memory already",
+}
 # Accumulated gradients are of batches, and it is a batch that is bad.
 _OF_WINDOWS = {
+    **_OF_PARTS,
+    "PerExampleClipping": "each batch is a lot with noise of its own",
     "SkipNonFinite": "a bad batch costs itself, and not the window that it is in",
     "SkipSpikes": "of a window that is rejected the metrics of its earlier batches count",
     "SkipSpikes of the loss": "as SkipSpikes",
 }
 
-REFERENCE = Mode("graph", {"jit_compile": False})
+
+class OneHot(layers.Layer):
+    """What `layers.Embedding(5, 3)` computes, without a lookup: gradients are dense."""
+
+    def build(self, input_shape: Any) -> None:
+        self.embeddings = self.add_weight(shape=(5, 3), initializer="uniform", name="embeddings")
+
+    def call(self, inputs: Any) -> Any:
+        return tf.one_hot(inputs, 5) @ self.embeddings
+
+
+def _embedding(layer: Callable[..., Any] = lambda **name: layers.Embedding(5, 3, **name)) -> Any:
+    # Five tokens, four a sequence: every batch repeats rows.
+    inputs = keras.Input((4,), dtype="int32", name="x")
+    flat = layers.Flatten()(layer(name="table")(inputs))
+    return inputs, layers.Dense(5, activation="tanh", name="hidden")(flat)
+
 
 MODES = [
     Mode("eager", {"run_eagerly": True}),
@@ -88,7 +115,17 @@ MODES = [
     Mode("2 replicas", strategy=lambda: mirrored(2).scope(), everyday=True),
     Mode("loss scale", {"jit_compile": False}, optimizer=_loss_scale),
     Mode("update in XLA", {"jit_compile": "update"}),
-    Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}),
+    Mode(
+        "one-hot product",
+        {"jit_compile": False},
+        body={"embedding": functools.partial(_embedding, OneHot)},
+        leaves_out={
+            "dense": "has no embedding",
+            "AdaptiveClipping": "a row of an embedding is a unit, one of a weight is not",
+        },
+        everyday=True,
+    ),
+    Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}, leaves_out=_OF_PARTS),
     Mode(
         "4 accumulated",
         {"jit_compile": False},
@@ -114,10 +151,12 @@ class Case:
     Args:
         hooks: makes them.
         bad_target: the target of one example, in the second half of the third batch.
+        backward: makes the way in which gradients are computed.
     """
 
     hooks: Callable[[], list[Any]]
     bad_target: float | None = None
+    backward: Callable[[], Any] | None = None
 
 
 def grow(gradient: Any, variable: Any) -> Any:
@@ -128,6 +167,11 @@ def grow(gradient: Any, variable: Any) -> Any:
 def break_large(gradient: Any, variable: Any) -> Any:
     """Makes NaN of the largest elements."""
     return tf.where(tf.abs(gradient) > 0.3, math.nan, gradient)
+
+
+def _columns(y: Any, y_pred: Any) -> list[Any]:
+    """Two tasks: each column of the targets is one."""
+    return tf.unstack(tf.reduce_mean(tf.square(y - y_pred), axis=0))
 
 
 def _warmed_up() -> dict[str, Any]:
@@ -158,6 +202,15 @@ HOOKS = {
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
+    "SharpnessAware": Case(
+        lambda: [grow], backward=lambda: backward.SharpnessAware(0.1, synchronize=True)
+    ),
+    "ProjectedConflicts": Case(
+        lambda: [grow], backward=lambda: backward.ProjectedConflicts(_columns, seed=3)
+    ),
+    "PerExampleClipping": Case(
+        lambda: [grow], backward=lambda: backward.PerExampleClipping(0.5, 0.1, seed=3)
+    ),
 }
 
 
@@ -181,14 +234,6 @@ OPTIMIZERS = {
 def _dense() -> tuple[Any, Any]:
     inputs = keras.Input((6,), name="x")
     return inputs, layers.Dense(5, activation="tanh", name="hidden")(inputs)
-
-
-def _embedding() -> tuple[Any, Any]:
-    # Five tokens, four a sequence: every batch repeats rows.
-    inputs = keras.Input((4,), dtype="int32", name="x")
-    embedded = layers.Embedding(5, 3, name="table")(inputs)
-    flat = layers.Flatten()(embedded)
-    return inputs, layers.Dense(5, activation="tanh", name="hidden")(flat)
 
 
 MODELS = {"embedding": _embedding, "dense": _dense}
@@ -226,12 +271,13 @@ def train(hook: str, mode: Mode, optimizer: str, model: str) -> Result:
     case = HOOKS[hook]
     keras.utils.set_random_seed(5)
     with mode.strategy():
-        inputs, hidden = MODELS[model]()
+        inputs, hidden = mode.body.get(model, MODELS[model])()
         trained = TapeModel(inputs, layers.Dense(2, name="end")(hidden))
         trained.compile(
             mode.optimizer(OPTIMIZERS[optimizer]()),
             "mse",
             gradient_hooks=case.hooks(),
+            backward=None if case.backward is None else case.backward(),
             **mode.compile,
         )
     fed = mode.feed(_data(model, case.bad_target))

@@ -33,9 +33,16 @@ as state, are held to the same tolerance. What float32 resolves is 6e-8.
 
 The modes: `run_eagerly=True`; `jit_compile=True`; `steps_per_execution=3`, which does not \
 divide the number of steps; `tf.distribute.MirroredStrategy` on 2 devices, each with half \
-of the batch; a dynamic `LossScaleOptimizer`. The trainings are such that mistakes show: \
-embeddings with repeated tokens, gradients that depend on their own scale (SGD; an \
-optimizer like Adam is blind to a wrong factor), a bad example that only one replica sees.
+of the batch; a dynamic `LossScaleOptimizer`; `jit_compile="update"`; a product with one-hot \
+vectors in the place of the embedding; `micro_batches=4`; \
+`gradient_accumulation_steps` of the optimizer, on batches that are smaller in proportion. \
+The trainings are such that mistakes show: embeddings with repeated tokens, gradients that \
+depend on their own scale (SGD; an optimizer like Adam is blind to a wrong factor), a bad \
+example that only one replica sees.
+
+What the table leaves out, marked –:
+
+{left_out}
 
 Measured with Keras {keras}, TensorFlow {tf}, NumPy {np}, on CPU.
 """
@@ -79,6 +86,16 @@ def _table(cells: dict[tuple[str, str], float | None]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _left_out() -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for mode in cases.MODES:
+        for name, reason in mode.leaves_out.items():
+            reasons.setdefault((name, reason), []).append(mode.name)
+    return "\n".join(
+        f"- {name}, {' and '.join(modes)}: {reason}." for (name, reason), modes in reasons.items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--everyday", action="store_true", help="one optimizer and model only")
@@ -93,6 +110,7 @@ def main() -> None:
         optimizers=", ".join(optimizers),
         runs="one run" if runs == 1 else f"the largest over {runs} runs",
         table=_table(cells),
+        left_out=_left_out(),
         keras=keras.__version__,
         tf=tf.__version__,
         np=np.__version__,
