@@ -98,7 +98,8 @@ class OneHot(layers.Layer):
         self.embeddings = self.add_weight(shape=(5, 3), initializer="uniform", name="embeddings")
 
     def call(self, inputs: Any) -> Any:
-        return tf.one_hot(inputs, 5) @ self.embeddings
+        # Not `@`: its gradient, vectorised, crashes oneDNN (TensorFlow 2.21).
+        return keras.ops.matmul(tf.one_hot(inputs, 5), self.embeddings)
 
 
 def _embedding(layer: Callable[..., Any] = lambda **name: layers.Embedding(5, 3, **name)) -> Any:
