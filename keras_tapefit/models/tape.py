@@ -40,6 +40,8 @@ class StepTape(tf.GradientTape):
         super().__enter__()
         return self
 
+    # As Keras does with its own step: what runs in it is no code for AutoGraph.
+    @tf.autograph.experimental.do_not_convert
     def minimize(
         self, loss: Any, variables: Sequence[Any] | None = None, optimizer: Any = None
     ) -> None:

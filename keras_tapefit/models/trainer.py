@@ -291,6 +291,7 @@ class TapeTrainer:
         """
         return StepTape(runtime_of(self), persistent=persistent)
 
+    @tf.autograph.experimental.do_not_convert
     def compute_gradients(self, x: Any, y: Any = None, sample_weight: Any = None) -> Gradients:
         """Returns the gradients of the loss on a batch, as the first hook would get them.
 
@@ -331,6 +332,7 @@ class TapeTrainer:
             gradients = gradients.scale(1.0 / scale)
         return gradients.with_unique_rows()
 
+    @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, gradients: Gradients | Iterable[tuple[Any, Any]]) -> None:
         """Updates the weights with gradients: hooks, gate, optimizer.
 

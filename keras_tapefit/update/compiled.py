@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.norms import in_xla
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import Report
 from keras_tapefit.update.update import Outcome, update
@@ -42,7 +43,8 @@ def update_compiled(
         for position, value in zip(present, values, strict=True):
             padded[position] = value
         pairs = zip(padded, variables, strict=True)
-        outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts, watch)
+        with in_xla():
+            outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts, watch)
         made.append(outcome)
         return outcome.accepted, [report.value for report in outcome.reports], outcome.seen
 
