@@ -24,6 +24,8 @@ _WIDTH, _DPI = 6.0, 100
 _BEFORE, _AFTER = "0.62", "black"
 _STYLES = ("-", "--", ":", "-.")
 _MAX_LABELS = 40
+_ZERO, _UNKNOWN = "0 in every step", "frozen, or not finite"
+_NOTE = {"va": "center", "fontsize": 8}
 
 
 def gradient_flow(records: Any) -> Any:
@@ -48,7 +50,7 @@ def gradient_flow(records: Any) -> Any:
     plots.gradient_flow(history).savefig("gradient_flow.png")
     ```
     """
-    layers = _layer_norms(records)
+    layers = _layer_norms(_arrays(records))
     names = list(layers)
     finite = [values[np.isfinite(values)] for values in layers.values()]
     means = np.array([values.mean() if len(values) else 0.0 for values in finite])
@@ -63,9 +65,9 @@ def gradient_flow(records: Any) -> Any:
         (means, 0.4, "0.2", "mean over steps"),
     ):
         axes.barh(places, np.maximum(values - left, 0), height, left, color=colour, label=label)
-    for place, value in zip(places, largest, strict=True):
+    for place, (value, known) in enumerate(zip(largest, finite, strict=True)):
         if value == 0:
-            axes.text(left * 1.15, place, "0 in every step", va="center", fontsize=8)
+            axes.text(left * 1.15, place, _ZERO if len(known) else _UNKNOWN, **_NOTE)
     right = largest.max() if largest.max() > 0 else 10 * left
     axes.set_xlim(left, 10.0 ** np.ceil(np.log10(right) + 0.05))
     _name_rows(axes, names)
@@ -80,6 +82,8 @@ def gradient_flow(records: Any) -> Any:
 
 def norms(records: Any) -> Any:
     """Draws the global norm of each step, before and after hooks, skipped steps marked.
+
+    Steps with NaN or infinity that were not skipped are marked too.
 
     Args:
         records: of a training.
@@ -96,27 +100,28 @@ def norms(records: Any) -> Any:
     plots.norms(history).savefig("norms.png")
     ```
     """
-    steps = _column(records, "step")
-    before = _positive(_column(records, "gradient_norm"))
-    after = _positive(_column(records, "gradient_norm_after"))
-    skipped = _column(records, "skipped") > 0
+    records = _arrays(records)
+    steps = records["step"]
+    before = _positive(records["gradient_norm"])
+    after = _positive(records["gradient_norm_after"])
+    skipped = records["skipped"] > 0
     figure, axes = _figure(3.4)
     axes.set_yscale("log")
-    axes.plot(steps, before, color=_BEFORE, linewidth=2.4, label="before hooks")
+    # A point without neighbours is no line.
+    marker = "." if len(steps) < 100 else ""
+    axes.plot(steps, before, marker=marker, color=_BEFORE, linewidth=2.4, label="before hooks")
     known = np.isfinite(after)
-    axes.plot(steps[known], after[known], color=_AFTER, linewidth=1.0, label="after hooks")
-    if skipped.any():
-        # At the foot of the picture, for their norms may be NaN.
-        axes.plot(
-            steps[skipped],
-            np.full(skipped.sum(), 0.035),
-            "kx",
-            markersize=7,
-            markeredgewidth=1.6,
-            transform=axes.get_xaxis_transform(),
-            label="skipped step",
-        )
-    axes.set_xlabel("step")
+    after, at = after[known], steps[known]
+    axes.plot(at, after, marker=marker, color=_AFTER, linewidth=1.0, label="after hooks")
+    # At the foot of the picture, for their norms may be NaN.
+    lost = ~skipped & ~np.isfinite(records["gradient_norm"])
+    for flags, mark, label in ((skipped, "x", "skipped step"), (lost, "|", "NaN or infinite")):
+        if flags.any():
+            foot = np.full(flags.sum(), 0.035)
+            options = {"color": "black", "markersize": 7, "markeredgewidth": 1.6, "label": label}
+            axes.plot(steps[flags], foot, mark, transform=axes.get_xaxis_transform(), **options)
+    axes.set_xlim(steps[0] - 0.02 * len(steps), steps[-1] + 0.02 * len(steps))
+    _name_steps(axes)
     axes.set_ylabel(f"global gradient norm {_UNIT}")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -147,25 +152,26 @@ def trajectory(records: Any, max_lines: int = 12) -> Any:
     plots.trajectory(history).savefig("trajectory.png")
     ```
     """
+    records = _arrays(records)
     paths = _paths(records, "weight")
     if not paths:
         raise ValueError(
             'The records hold no weights. Ask for some: `GradientHistory(weights="dense/bias")`.'
         )
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_lines, len(paths))).astype(int))
-    steps = _column(records, "step")
+    steps = records["step"]
     figure, axes = _figure(3.4)
     for number, index in enumerate(chosen):
         shade = 0.6 * (number // len(_STYLES)) / max(1, (len(chosen) - 1) // len(_STYLES))
         axes.plot(
             steps,
-            _column(records, f"weight/{paths[index]}"),
+            records[f"weight/{paths[index]}"],
             color=str(shade),
             linestyle=_STYLES[number % len(_STYLES)],
             linewidth=1.5,
             label=paths[index],
         )
-    axes.set_xlabel("step")
+    _name_steps(axes)
     axes.set_ylabel("weight after the step")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -195,8 +201,9 @@ def heat_map(records: Any) -> Any:
     plots.heat_map(history).savefig("heat_map.png")
     ```
     """
+    records = _arrays(records)
     layers = _layer_norms(records)
-    steps = _column(records, "step")
+    steps = records["step"]
     table = np.stack(list(layers.values()))
     figure, axes = _figure(max(2.4, 1.2 + 0.22 * min(len(layers), 100)))
     with np.errstate(divide="ignore"):
@@ -206,17 +213,19 @@ def heat_map(records: Any) -> Any:
     # Light is small: dark stands out on white, in grey too.
     options = {"cmap": "viridis_r", "aspect": "auto", "interpolation": "nearest"}
     image = axes.imshow(shades, extent=edges, **options)
-    for place, row in enumerate(np.isfinite(table)):
-        runs = _runs(~row, steps)
+    for place, row in enumerate(table):
+        if (row == 0).all():
+            axes.text(steps[0], place, _ZERO, **_NOTE)
+        runs = _runs(~np.isfinite(row), steps)
         if runs:
             axes.broken_barh(
                 runs, (place - 0.5, 1), facecolor="0.93", edgecolor="0.5", hatch="xxx", linewidth=0
             )
     _name_rows(axes, list(layers))
-    axes.set_xlabel("step")
+    _name_steps(axes)
     axes.set_ylabel("layer, first to last")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label(f"log10 of gradient norm {_UNIT}", fontsize=9)
+    bar.set_label(f"log10 of gradient norm\n{_UNIT}", fontsize=9)
     return figure
 
 
@@ -231,7 +240,12 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _legend_above(axes: Any) -> None:
-    axes.legend(fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+    axes.legend(fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+
+
+def _name_steps(axes: Any) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:
@@ -240,19 +254,18 @@ def _name_rows(axes: Any, names: list[str]) -> None:
     axes.set_yticks(range(0, len(names), every), shown[::every], fontsize=8)
 
 
-def _column(records: Any, name: str) -> np.ndarray:
-    if name == "step" and name not in _names(records):
+def _arrays(records: Any) -> dict[str, np.ndarray]:
+    arrays = {str(name): np.asarray(values) for name, values in records.items()}
+    if arrays and "step" not in arrays:
         # A frame that has the steps as its index.
-        return np.asarray(records.index)
-    return np.asarray(records[name])
+        arrays["step"] = np.asarray(records.index)
+    if not len(arrays.get("step", ())):
+        raise ValueError("The records hold no steps. Train with the callback first.")
+    return arrays
 
 
-def _names(records: Any) -> list[str]:
-    return [str(name) for name in records.keys()]
-
-
-def _paths(records: Any, kind: str) -> list[str]:
-    return [n.partition("/")[2] for n in _names(records) if n.startswith(f"{kind}/")]
+def _paths(records: Mapping[str, np.ndarray], kind: str) -> list[str]:
+    return [name.partition("/")[2] for name in records if name.startswith(f"{kind}/")]
 
 
 def _runs(flags: np.ndarray, steps: np.ndarray) -> list[tuple[float, float]]:
@@ -266,12 +279,12 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, np.nan)
 
 
-def _layer_norms(records: Any) -> Mapping[str, np.ndarray]:
+def _layer_norms(records: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Returns the norm of each layer's gradient, one value a step, NaN while frozen."""
     squares: dict[str, np.ndarray] = {}
     for path in _paths(records, "gradient_norm"):
         layer = path.rpartition("/")[0] or path
-        values = np.square(_column(records, f"gradient_norm/{path}").astype("float64"))
+        values = np.square(records[f"gradient_norm/{path}"].astype("float64"))
         if layer not in squares:
             squares[layer] = values
             continue
@@ -285,4 +298,7 @@ def _layer_norms(records: Any) -> Mapping[str, np.ndarray]:
             "`GradientHistory(per_variable=True)`, or `per_variable=True` of the callback "
             "that wrote the file."
         )
-    return {layer: np.sqrt(values) for layer, values in squares.items()}
+    first = next(iter(squares)).partition("/")[0]
+    # The name of a `Sequential`, which all its layers have in front.
+    shared = f"{first}/" if all(layer.startswith(f"{first}/") for layer in squares) else ""
+    return {layer.removeprefix(shared): np.sqrt(values) for layer, values in squares.items()}

@@ -157,6 +157,34 @@ def test_linear_regression(run, tmp_path):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
 
 
+def test_watch_gradients(run, tmp_path):
+    from matplotlib.image import imread
+
+    _, lines = run("watch_gradients", "--output", str(tmp_path))
+
+    heads = [i for i, line in enumerate(lines) if line.startswith("== ")]
+    told = ["\n".join(lines[a:b]) for a, b in zip(heads, [*heads[1:], None], strict=True)]
+    # Each report names the hook of the next training.
+    for text, kind, hook in (
+        (told[0], "not finite", "hooks.SkipNonFinite()"),
+        (told[1], "vanishing", "hooks.AdaptiveClipping()"),
+    ):
+        assert re.search(rf"^{kind}: .*\n  try: {re.escape(hook)}", text, re.M)
+    assert "All of these steps were skipped" in told[1]
+    assert not re.search("^(vanishing|exploding|dead|spikes|large|small)", told[2], re.M)
+    accuracies = [float(match[1]) for match in matches(f"^accuracy: {NUMBER}$", lines)]
+    assert max(accuracies[:2]) < 0.2 and accuracies[2] > 0.8
+    saved = sorted(tmp_path.iterdir())
+    kinds = ("gradient_flow", "heat_map", "norms", "trajectory")
+    stages = ("one_hook", "two_hooks")
+    assert [path.name for path in saved] == [f"{s}_{kind}.png" for s in stages for kind in kinds]
+    for path in saved:
+        image = imread(path)
+        assert image.shape[1] == 600 and image.shape[0] > 200
+        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+        assert path.stat().st_size < 100_000
+
+
 def test_gan(run, tmp_path):
     from matplotlib.image import imread
 
@@ -176,6 +204,33 @@ def test_gan(run, tmp_path):
     image = imread(tmp_path / "gan.png")
     assert image.shape[0] >= 300 and image.shape[1] >= 600
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+
+
+def test_distributed(run):
+    status, lines = run("distributed", "--workers", "2", "--epochs", "4")
+
+    assert status == 0
+    assert lines[0] == "workers: 2, images a step: 64"
+    epochs = matches(rf"^epoch (\d+)  loss {NUMBER}  accuracy {NUMBER}  gradient norm ", lines)
+    # Once, not once a worker.
+    assert [epoch[1] for epoch in epochs] == ["1", "2", "3", "4"]
+    assert float(epochs[-1][2]) < float(epochs[0][2]) / 4
+    (accuracy,) = matches(f"^test accuracy: {NUMBER}$", lines)
+    assert float(accuracy[1]) > 0.9
+    # What one process prints, but for the rounding of sums.
+    _, alone = run("distributed", "--epochs", "4")
+    assert len(alone) == len(lines)
+    for one, two in zip(alone[1:], lines[1:], strict=True):
+        numbers = [list(map(float, re.findall(NUMBER, line))) for line in (one, two)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+
+
+def test_distributed_says_why_a_worker_failed(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "no such thing")
+    status, lines = run("distributed", "--workers", "2")
+
+    assert status == 1
+    assert lines == []
 
 
 # KerasTuner loads weights into a model whose optimizer has no state yet.

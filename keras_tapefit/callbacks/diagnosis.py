@@ -126,8 +126,11 @@ def _dead(
     records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
     dead = []
+    # NaN on its way back ends at units that are off: what is before them gets zeros.
+    finite = np.isfinite(records["gradient_norm"])
     for path in shapes:
-        norms = records.get(f"gradient_norm/{path}", np.zeros(0))[-_RECENT:]
+        norms = records.get(f"gradient_norm/{path}", np.full(len(finite), np.nan))
+        norms = norms[finite][-_RECENT:]
         trained = norms[~np.isnan(norms)]
         if len(trained) and np.mean(trained == 0) >= DEAD_SHARE:
             dead.append(path)
@@ -192,8 +195,9 @@ def _uneven(kernels: Mapping[str, float]) -> list[Finding]:
                 "vanishing",
                 f"the gradients of {_listed(vanishing)} are less than {VANISHING_SHARE:g} of "
                 f"those of {last} (root mean squares; {min(shares.values()):.1g} at the least).",
-                "hooks.BlockRMSClipping(...) brings large layers down to the small ones, "
-                "with an optimizer that adapts to each weight, such as Adam. Residual "
+                "hooks.AdaptiveClipping() where large first steps may have saturated the "
+                "units; hooks.BlockRMSClipping(...) brings large layers down to the small "
+                "ones; an optimizer that adapts to each weight, such as Adam. Residual "
                 "connections, normalization layers and he_normal or glorot_uniform "
                 "initialization go to the root of it.",
                 tuple(vanishing),
@@ -243,13 +247,15 @@ def _clipped(norms: np.ndarray, records: Mapping[str, np.ndarray]) -> list[Findi
     clipped = after[known] < _CLIPPED * norms[known]
     if not clipped.any():
         return []
-    text = f"hooks made the norm of {_share(clipped)} steps smaller."
+    left = float(np.median((after[known] / norms[known])[clipped]))
+    text = f"hooks made the norm of {_share(clipped)} steps smaller, to {left:.1%} in the median."
     if np.mean(clipped) < CLIPPED_SHARE:
         return [Finding("clipped", text)]
     remedy = (
-        "that leaves the direction only, and the learning rate decides all. Raise the "
-        f"threshold above the median norm, {_rounded(float(np.median(norms[known])))}, or "
-        "take hooks.PercentileClipping()."
+        "where all steps are clipped the direction is left, and the learning rate decides "
+        "how far they go. If that is not meant, raise the threshold; the median norm before "
+        f"hooks is {_rounded(float(np.median(norms[known])))}. hooks.PercentileClipping() "
+        "follows the norm by itself."
     )
     return [Finding("clipped", text, remedy)]
 
@@ -258,8 +264,10 @@ def _updates(
     records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Finding]:
     ratios = {}
+    made = ~records["skipped"]
     for path, shape in shapes.items():
-        values = records.get(f"update_ratio/{path}", np.zeros(0))[~records["skipped"]][-_RECENT:]
+        values = records.get(f"update_ratio/{path}", np.full(len(made), np.nan))
+        values = values[made][-_RECENT:]
         values = values[np.isfinite(values)]
         if len(shape) >= 2 and len(values):
             ratios[path] = float(np.median(values))

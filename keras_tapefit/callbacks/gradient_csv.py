@@ -45,12 +45,12 @@ class GradientCSV(RecordReader):
 
     def __init__(self, path: Any, per_variable: bool = False, updates: bool = False) -> None:
         super().__init__()
+        self._file: Any = None
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"`path` must be a path. Received: path={path!r}.")
         self.path = path
         self.per_variable = check_bool("per_variable", per_variable)
         self.updates = check_bool("updates", updates)
-        self._file: Any = None
         self._places: list[int] = []
 
     def request(self) -> RecordRequest:
@@ -78,12 +78,8 @@ class GradientCSV(RecordReader):
             writer.writerow([step, self._epoch, *map(str, row)])
         self._file.flush()
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._close()
-        super().on_train_begin(logs)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        super().on_train_end(logs)
+    def detach(self) -> None:
+        super().detach()
         self._close()
 
     def _is_due(self) -> bool:

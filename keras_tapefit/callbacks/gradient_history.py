@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ class GradientHistory(RecordReader):
     The gradients are those of the training batches, summed over replicas and without
     loss scale. There is a record of each step, rejected ones included, whatever
     `steps_per_execution` is, under XLA and on replicas. Fetching waits for the device
-    once in some hundred steps. What is trained is the same with it and without.
+    once in some hundred steps. What is trained is the same with it and without, to float32
+    rounding.
 
-    It reads like a mapping from names to arrays with one entry a step:
+    It reads like a data frame: `history[name]` is an array with one entry a step, its
+    length is the number of steps, and it iterates over the names:
 
     | name | |
     |---|---|
@@ -37,7 +39,7 @@ class GradientHistory(RecordReader):
     | `gradient_norm` | the global norm before the hooks |
     | `gradient_norm_after` | the global norm after the hooks |
     | `skipped` | whether the step was rejected: by a gate or for an overflow |
-    | `update_ratio` | `‖v_new − v_old‖ / ‖v_old‖` over all variables |
+    | `update_ratio` | `‖v_new − v_old‖ / ‖v_old‖` over all variables in training |
     | `gradient_norm/<path>` | likewise of each variable, NaN while it is frozen |
 
     and `gradient_norm_after/<path>`, `update_ratio/<path>`. While gradients accumulate,
@@ -100,16 +102,9 @@ class GradientHistory(RecordReader):
     def to_numpy(self) -> dict[str, np.ndarray]:
         """Returns the records so far, one array a name."""
         self.drain()
-        names = list(dict.fromkeys(name for chunk in self._chunks for name in chunk))
-        return {
-            name: np.concatenate(
-                [
-                    chunk[name] if name in chunk else np.full(len(chunk["step"]), np.nan)
-                    for chunk in self._chunks
-                ]
-            )
-            for name in names
-        }
+        if len(self._chunks) > 1:
+            self._chunks = [_joined(self._chunks)]
+        return dict(self._chunks[0]) if self._chunks else {}
 
     def to_pandas(self) -> Any:
         """Returns the records so far as a `pandas.DataFrame`, indexed by step.
@@ -123,7 +118,7 @@ class GradientHistory(RecordReader):
             raise ImportError(
                 "`to_pandas` needs pandas: `pip install pandas`. `to_numpy` does not."
             ) from error
-        return pandas.DataFrame(self.to_numpy()).set_index("step")
+        return pandas.DataFrame(self.to_numpy() or {"step": np.zeros(0, int)}).set_index("step")
 
     def report(self) -> Report:
         """Says in words what is wrong with the gradients, and what would help.
@@ -138,14 +133,21 @@ class GradientHistory(RecordReader):
         """The names of the arrays."""
         return self.to_numpy().keys()
 
+    def items(self) -> Any:
+        """The names, each with its array."""
+        return self.to_numpy().items()
+
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.to_numpy()[name]
+        records = self.to_numpy()
+        if name not in records:
+            raise KeyError(f"{name!r} is not recorded. There are: {', '.join(records) or 'none'}.")
+        return records[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.to_numpy())
 
     def __len__(self) -> int:
-        return sum(len(chunk["step"]) for chunk in self._chunks)
+        return len(self.to_numpy().get("step", ()))
 
     def __contains__(self, name: object) -> bool:
         return name in self.to_numpy()
@@ -167,4 +169,15 @@ class GradientHistory(RecordReader):
         return positions
 
 
-Mapping.register(GradientHistory)
+def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns arrays one after the other; NaN where a chunk lacks a name."""
+    names = dict.fromkeys(name for chunk in chunks for name in chunk)
+    return {
+        name: np.concatenate(
+            [
+                chunk[name] if name in chunk else np.full(len(chunk["step"]), np.nan)
+                for chunk in chunks
+            ]
+        )
+        for name in names
+    }

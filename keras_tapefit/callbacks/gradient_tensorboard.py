@@ -117,8 +117,8 @@ class GradientTensorBoard(RecordReader):
                 if histogram[2:].sum() > 0:
                     _write_histogram(f"gradient/{path}", histogram, step - self._start + 1)
 
-    def on_train_end(self, logs: Any = None) -> None:
-        super().on_train_end(logs)
+    def detach(self) -> None:
+        super().detach()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

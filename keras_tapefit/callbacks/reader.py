@@ -52,10 +52,13 @@ class RecordReader(keras.callbacks.Callback):
                 f"Received: a model of type {type(model).__name__}. Make one of it with "
                 "`TapeModel.from_model(model)`, and compile that."
             )
+        if self.model is not model:
+            # A training of another model may have broken off.
+            self.detach()
         super().set_model(model)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._records = None
+        self.detach()
         runtime_of(self.model).recording.ask(self, self.request())
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -75,8 +78,15 @@ class RecordReader(keras.callbacks.Callback):
         self.drain()
 
     def on_train_end(self, logs: Any = None) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Fetches what is left, and ends the request."""
         self.drain()
-        runtime_of(self.model).recording.release(self)
+        # What is written from now on is not for this callback.
+        self._records = None
+        if self.model is not None:
+            runtime_of(self.model).recording.release(self)
 
     def drain(self) -> None:
         """Fetches the records there are."""

@@ -69,16 +69,18 @@ class StepScope:
         runtime = self.runtime
         window = runtime.window_of(optimizer)
         if window is None:
+            parts: Any = self.parts
+            if parts is None and self.weight is not None and runtime.hooks.uses_parts:
+                norm = tf.cast(gradients.global_norm(), tf.float32)
+                parts = tf.reshape(norm, [1]), tf.reshape(self.weight, [1])
+            share: Any = 1.0
             if self.weighs_replicas and self.weight is not None:
                 share = replicas.relative_share(self.weight)
                 gradients = gradients.scale(share)
                 if self.loss is not None:
                     # A replica without an example has a loss that is no number.
                     self.loss = tf.math.multiply_no_nan(self.loss, share)
-            parts = self.parts
-            if parts is None and self.weight is not None and runtime.hooks.uses_parts:
-                norm = tf.cast(gradients.global_norm(), tf.float32)
-                parts = tf.reshape(norm, [1]), tf.reshape(self.weight, [1])
+            parts = None if parts is None else (*parts, share)
             return runtime.update(gradients, optimizer, scaled, self.loss, parts, watch)
         weight = tf.constant(1.0) if self.weight is None else self.weight
         runtime.prepare(optimizer)

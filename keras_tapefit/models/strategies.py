@@ -126,6 +126,7 @@ def local_batch(iterator: Any, model: Any) -> Any:
             return model.distribute_strategy.experimental_local_results(value)[0]
         return value
 
-    for _, _, batches in iterator:
+    # Keras 3.10 gives the step, later ones where an execution begins and ends.
+    for *_, batches in iterator:
         return keras.tree.map_structure(local, next(batches))
     return None

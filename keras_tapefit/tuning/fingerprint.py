@@ -16,6 +16,9 @@ import contextlib
 import dis
 import enum
 import functools
+import hashlib
+import sys
+import sysconfig
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,19 +35,29 @@ _TRUSTED = ("keras.", "keras_tapefit.", "tensorflow.", "numpy.", "optree.", "ml_
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _BY_VALUE = (tf.DType, tf.TensorShape, np.dtype, np.generic, slice, range)
 _BY_IDENTITY = (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc, types.CodeType)
+# Modules that give other numbers each time.
+_CHANGING = ("random", "numpy.random", "secrets")
+_PLACES = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = tuple(sysconfig.get_paths()[place] for place in _PLACES)
+_READS = {"LOAD_GLOBAL": 0, "LOAD_NAME": 0, "IMPORT_NAME": 1}
+_READS |= {"LOAD_ATTR": 2, "LOAD_METHOD": 2, "IMPORT_FROM": 2}
 # Of objects of Keras: what is derived, is of no consequence for a trace, or has a token
 # of its own.
 _BOOKKEEPING = frozenset(
-    "_tracker _lock _auto_config _compile_config _self_tracked_trackables build quantize "
-    "train_function test_function predict_function compiled_metrics history stop_training "
-    "stop_evaluating stop_predicting _initial_epoch _eval_epoch_iterator "
-    "_tapefit_runtime _tapefit_state _trainable_variables_indices _call_context_args "
-    "_obj_reference_counts_dict _self_setattr_tracking _self_unconditional_checkpoint_dependencies "
+    "_tracker _tracked _lock _auto_config _compile_config _initial_epoch _eval_epoch_iterator "
+    "_tapefit_runtime _tapefit_state _trainable_variables_indices _compiled_trainable_state "
+    "_call_signature _call_context_args _inbound_nodes _outbound_nodes _nodes _build_shapes_dict "
+    "_distribution_strategy _self_setattr_tracking _self_unconditional_checkpoint_dependencies "
     "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
-    "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
-    "_call_signature _inbound_nodes _outbound_nodes _distribution_strategy "
-    "_compiled_trainable_state _nodes".split()
+    "_self_name_based_restores _self_saveable_object_factories _self_update_uid".split()
 )
+# The same of models.
+_OF_MODEL = frozenset(
+    "train_function test_function predict_function history stop_training stop_evaluating "
+    "stop_predicting".split()
+)
+# Of layers: absent, or false once weights were loaded, where nothing is quantized.
+_CALIBRATED = ("is_awq_calibrated", "is_gptq_calibrated")
 # Of a hook: what is derived from the model that it is built for.
 _OF_HOOK = frozenset("_built_for _model_variables _units _owners _structure _watched".split())
 
@@ -121,6 +134,7 @@ class Fingerprint:
         self._walk("gradient_hooks", list(runtime.hooks))
         self._walk("backward", runtime.backward)
         self._walk("micro_batches", runtime.micro_batches)
+        self._walk("jit_compile", runtime.jit_compile)
         self._walk("policy", _settings())
         if runtime._reports is not None:
             self._walk("reports", runtime._reports)
@@ -164,6 +178,9 @@ class Fingerprint:
         if isinstance(value, enum.Enum) or isinstance(value, _BY_IDENTITY):
             self._add(_Same(value))
             self._visit_class(value)
+            if isinstance(value, types.BuiltinFunctionType):
+                # A method of an object, or the module that a function is in.
+                self._walk(".__self__", value.__self__)
             return
         if isinstance(value, _BY_VALUE):
             self._add((type(value), repr(value)))
@@ -180,8 +197,6 @@ class Fingerprint:
             self._variable(value)
         elif isinstance(value, tf.Variable):
             self._refuse(value, "is a `tf.Variable` outside Keras")
-        elif isinstance(value, keras.Initializer) and _is_trusted(type(value)):
-            self._add(("initializer", _Same(type(value))))
         elif isinstance(value, keras.random.SeedGenerator):
             self._add("seed generator")
             self._walk(".state", value.state)
@@ -189,9 +204,9 @@ class Fingerprint:
             self._add(("symbol", tuple(value.shape), value.dtype))
             self._walk("._keras_history", getattr(value, "_keras_history", None))
         elif isinstance(value, np.ndarray):
-            self._add((value.dtype.str, value.shape, value.tobytes()))
             if value.dtype.hasobject:
                 self._refuse(value)
+            self._add((value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest()))
         elif tf.is_tensor(value):
             self._tensor(value)
         elif isinstance(value, types.FunctionType):
@@ -201,6 +216,8 @@ class Fingerprint:
             self._walk(".__self__", value.__self__)
         elif isinstance(value, functools.partial):
             self._walk(".partial", [value.func, list(value.args), dict(value.keywords)])
+        elif isinstance(value, Mapping | Sequence) and _holds_more(value):
+            self._refuse(value, "has attributes beside its items")
         elif isinstance(value, Mapping):
             self._add(("dict", len(value)))
             for key, item in value.items():
@@ -261,9 +278,33 @@ class Fingerprint:
         attributes = {k: v for k, v in vars(function).items() if not k.startswith("__")}
         if not _is_trusted(function):
             self._walk(".__dict__", attributes)
-            for name in _global_names(function.__code__):
-                if name in function.__globals__:
-                    self._walk(f"<global {name}>", function.__globals__[name])
+            self._what_is_asked_for(function)
+
+    def _what_is_asked_for(self, function: Any) -> None:
+        """Looks at what a function reads from outside: globals, and names in modules."""
+        names, imports, attributes = _names(function.__code__)
+        around = function.__globals__
+        found = {name: around[name] for name in names if name in around}
+        for name, value in found.items():
+            self._walk(f"<global {name}>", value)
+        for name in imports:
+            for full in (name, f"{around.get('__package__')}.{name}"):
+                found[full] = sys.modules.get(full)
+        for value in found.values():
+            if isinstance(value, types.ModuleType):
+                self._module(value, attributes)
+
+    def _module(self, module: types.ModuleType, names: Sequence[str]) -> None:
+        with self._at(f"<module {module.__name__}>"):
+            if module.__name__ in _CHANGING:
+                self._refuse(module, "gives other numbers each time")
+            for name in names:
+                value = vars(module).get(name)
+                if isinstance(value, types.ModuleType):
+                    if value.__name__ == f"{module.__name__}.{name}":
+                        self._module(value, names)
+                elif name in vars(module) and not _is_installed(module):
+                    self._walk(f".{name}", value)
 
     def _visit_class(self, cls: Any) -> None:
         """Looks into the methods of a class that somebody wrote."""
@@ -294,7 +335,7 @@ class Fingerprint:
             self._walk(name, value)
 
     def _object(self, value: Any) -> None:
-        cls = type(value)
+        cls: Any = type(value)
         if isinstance(value, tf.types.experimental.PolymorphicFunction):
             self._refuse(value, "is a `tf.function`, which holds traces of its own")
         if not cls.__flags__ & (1 << 9) or not hasattr(value, "__dict__"):
@@ -309,11 +350,16 @@ class Fingerprint:
                 attributes.pop(name)
                 self.slots.append(Slot(value._live, name))
             attributes["_live"] = list(value._live)
-        trusted = any(_is_trusted(base) for base in cls.__mro__ if base is not object)
-        for name in sorted(attributes):
-            if name in _BOOKKEEPING and trusted:
-                continue
-            self._walk(f".{name}", attributes[name])
+        passed_over = {name for name in _CALIBRATED if not attributes.get(name)}
+        if any(_is_trusted(base) for base in cls.__mro__ if base is not object):
+            passed_over |= _BOOKKEEPING
+        if isinstance(value, keras.Model):
+            passed_over |= _OF_MODEL
+        for name in sorted(attributes.keys() - passed_over):
+            item = attributes[name]
+            if isinstance(item, keras.Initializer) and _only_makes_weights(cls, name):
+                item = type(item)
+            self._walk(f".{name}", item)
         if isinstance(value, keras.layers.Layer):
             self._add(("trainable", value.trainable))
 
@@ -331,13 +377,41 @@ class Fingerprint:
 
 
 @functools.cache
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Returns the global names that a function reads, those inside it included."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """Returns what a function, or one inside it, reads: globals, imports, attributes."""
+    found: tuple[set[str], ...] = (set(), set(), set())
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _READS:
+            found[_READS[instruction.opname]].add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names.update(_global_names(constant))
-    return tuple(sorted(names))
+            for mine, others in zip(found, _names(constant), strict=True):
+                mine.update(others)
+    return tuple(tuple(sorted(names)) for names in found)
+
+
+def _holds_more(value: Any) -> bool:
+    return bool(getattr(value, "__dict__", None)) and not _is_trusted(type(value))
+
+
+@functools.cache
+def _only_makes_weights(cls: Any, initializer: str) -> bool:
+    """Whether an initializer of a layer has no part in its steps, as far as names tell."""
+    methods = [
+        value
+        for base in cls.__mro__
+        if not _is_trusted(base)
+        for name, value in vars(base).items()
+        if isinstance(value, types.FunctionType) and name not in ("__init__", "build", "get_config")
+    ]
+    asked = {name for method in methods for name in _names(method.__code__)[2]}
+    return initializer.endswith("initializer") and initializer not in asked
+
+
+def _is_installed(module: types.ModuleType) -> bool:
+    """Whether a module is Python's own or a package's: not one that a search changes."""
+    file = getattr(module, "__file__", None)
+    return file is None or file.startswith(_INSTALLED)
 
 
 def _settings() -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,8 +74,6 @@ class TapeHyperModel(keras_tuner.HyperModel):
         self.reuse = reuse
         self.parts = tuple(parts)
         self._pool = TracePool(3 if reuse is True else int(reuse)) if reuse else None
-        if reuse:
-            _set_aside()
 
     @property
     def history(self) -> list[str]:
@@ -112,24 +109,12 @@ class TapeHyperModel(keras_tuner.HyperModel):
         """Lets go of the kept traces and of the models in them."""
         if self._pool is not None:
             self._pool.clear()
-            gc.unfreeze()
 
     def _add_hooks(self, hp: Any, model: Any) -> None:
         parts = [part for part in self.parts if part != "sharpness"]
         model.gradient_hooks.set(gradient_hooks(hp, model, parts))
         if "sharpness" in self.parts:
             runtime_of(model).backward = gradient_method(hp)
-
-
-def _set_aside() -> None:
-    """Has garbage collection pass over what there is by now.
-
-    KerasTuner collects twice before each trial, and each time would look at all that
-    TensorFlow and Keras are made of, for about half a second.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
 
 
 def _converted(model: keras.Model) -> Any:

@@ -169,6 +169,7 @@ class Tenancy:
         self._storage: Storage | None = None
         self._structure: Any = None
         self._settled: Any = None
+        self._entry = -1
 
     def settle(self, model: Any) -> None:
         if self._settled is model.train_function:
@@ -176,15 +177,18 @@ class Tenancy:
         self._settled = model.train_function
         self._structure = runtime_of(model).hooks.structure()
         self._storage = self._pool.storage_for(model)
+        self._entry = len(self._pool.history) - 1
 
     def place(self, model: Any, kind: str, flags: Any, structure: Any, iterator: Any) -> Any:
         storage = self._storage
+        if storage is not None and structure != self._structure:
+            self._pool.history[self._entry] = "traced anew: hooks or records came after the build"
+            return None
         spec = getattr(iterator, "element_spec", None)
         if (
             storage is None
             or storage.user is not model
             or storage.flaw is not None
-            or structure != self._structure
             or spec is None
             or not isinstance(iterator, tf.data.Iterator)
         ):

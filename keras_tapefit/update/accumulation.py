@@ -67,7 +67,9 @@ class Accumulation:
         if self.has_loss:
             terms.append((self._loss, loss))
         for sums, value in terms:
-            total = sums.value + weight * tf.cast(value, tf.float32)
+            # A replica without an example may have numbers that are none.
+            added = tf.math.multiply_no_nan(tf.cast(value, tf.float32), weight)
+            total = sums.value + added
             sums.assign(total if accepted is None else tf.where(accepted, total, sums.value))
         counted = weight if accepted is None else tf.where(accepted, weight, 0.0)
         self._weight.assign(self._weight.value + counted)
@@ -107,10 +109,11 @@ class Accumulation:
         total = replicas.sum_over(self._weight.value)
         return tf.math.divide_no_nan(float(replicas.count()), total)
 
-    def as_part(self, mean: Gradients) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns norm and weight of this replica's share of the window, each `[1]`."""
-        norm = tf.cast(mean.global_norm(), tf.float32)
-        return tf.reshape(norm, [1]), tf.reshape(self._weight.value, [1])
+    def as_part(self, mean: Gradients) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns norm and weight of this replica's window, each `[1]`, and its share."""
+        share = self._factor() * self._weight.value
+        norm = tf.math.divide_no_nan(tf.cast(mean.global_norm(), tf.float32), share)
+        return tf.reshape(norm, [1]), tf.reshape(self._weight.value, [1]), share
 
     def clear(self) -> None:
         """Begins a new window."""

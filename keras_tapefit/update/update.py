@@ -61,7 +61,8 @@ def update(
         hooks: built hooks.
         scaled: whether the gradients are those of the loss times the loss scale.
         loss: this replica's share of the loss, where it is known.
-        parts: norms and weights of the gradients of the micro-batches, if any.
+        parts: norms and weights of the gradients of the micro-batches, and by how much
+            more than the others this replica counts, if there are any.
         watch: looks at the update, for a record of the step.
 
     Returns:
@@ -215,17 +216,18 @@ def _parts(gradients: Gradients, parts: Any, scale: Any) -> Any:
     if parts is None:
         norms = tf.reshape(tf.cast(gradients.global_norm(), tf.float32), [1])
         weights = tf.ones(1)
+        share: Any = 1.0
     else:
-        norms, weights = parts
+        norms, weights, share = parts
     if int(norms.shape[0]) * replicas.count() == 1:
         return None
     # Keras divides the loss of a replica by the number of replicas.
     factor = replicas.count() / (1.0 if scale is None else tf.cast(scale, tf.float32))
     total = tf.reduce_sum(weights)
-    square_norm = tf.reduce_sum(weights * tf.square(factor * norms)) / total
-    inverse = tf.math.count_nonzero(weights, dtype=tf.float32) / total
-    # Keras averages replicas alike, whatever their shares of the batch are.
-    means = replicas.sum_over(tf.stack([square_norm, inverse, 1.0 / total])) / replicas.count()
+    square_norm = tf.reduce_sum(weights * tf.square(factor * norms))
+    count = tf.math.count_nonzero(weights, dtype=tf.float32)
+    means = [share * square_norm, share * count, tf.square(share)]
+    means = replicas.sum_over(tf.math.divide_no_nan(tf.stack(means), total)) / replicas.count()
     return means[0], means[1], means[2] / replicas.count()
 
 

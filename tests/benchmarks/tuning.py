@@ -1,20 +1,28 @@
-"""Wall time of three searches, with traces kept and without, side by side.
+"""What three searches take: stock, without traces that are kept, and with.
 
-    python tests/benchmarks/tuning.py
-    python tests/benchmarks/tuning.py --write docs/tune.md
+    python -m tests.benchmarks.tuning                   # all, printed
+    python -m tests.benchmarks.tuning --only cnn        # one of them
+    python -m tests.benchmarks.tuning --write docs/tune.md
 
-Without is the build function given to KerasTuner as it is. Both run in this process, one
-search after the other, and must find the same trials with the same scores.
+Stock is `keras.Model` with `global_clipnorm` in KerasTuner as it is. The searches run one
+after the other, each in a process of its own: what stock models leave behind makes every
+later collection of garbage slower. The fastest run of each side counts. With and without
+kept traces the trials must have the same scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,101 +35,186 @@ from sklearn.datasets import load_digits
 from keras_tapefit import TapeModel, hooks, tuning
 
 DIGITS = load_digits()
+SIDES = ("stock", "no reuse", "reuse", "reuse, frozen")
 
 
-def dense(hp: Any) -> TapeModel:
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((64,))
+def dense(inputs: Any) -> Any:
     h = keras.layers.Dense(64, activation="relu")(inputs)
-    h = keras.layers.Dense(32, activation="relu")(h)
-    return compiled(hp, inputs, h)
+    return keras.layers.Dense(32, activation="relu")(h)
 
 
-def convolutional(hp: Any) -> TapeModel:
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((64,))
+def convolutional(inputs: Any) -> Any:
     h = keras.layers.Reshape((8, 8, 1))(inputs)
     for filters in (8, 16):
         h = keras.layers.Conv2D(filters, 3, activation="relu", padding="same")(h)
         h = keras.layers.BatchNormalization()(h)
         h = keras.layers.MaxPooling2D()(h)
-    return compiled(hp, inputs, keras.layers.Flatten()(h))
+    return keras.layers.Flatten()(h)
 
 
-def compiled(hp: Any, inputs: Any, h: Any) -> TapeModel:
-    model = TapeModel(inputs, keras.layers.Dense(10, activation="softmax")(h))
-    model.compile(
-        keras.optimizers.Adam(hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        gradient_hooks=[
-            hooks.SkipNonFinite(),
-            hooks.GlobalNormClipping(hp.Float("max_norm", 0.1, 10.0, sampling="log")),
-        ],
-    )
-    return model
+def build_function(body: Callable[[Any], Any], stock: bool) -> Callable[[Any], Any]:
+    """Returns a build function: the learning rate and the threshold are searched."""
+
+    def build(hp: Any) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        rate = hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")
+        max_norm = hp.Float("max_norm", 0.1, 10.0, sampling="log")
+        inputs = keras.Input((64,))
+        outputs = keras.layers.Dense(10, activation="softmax")(body(inputs))
+        arguments: dict[str, Any] = {
+            "loss": "sparse_categorical_crossentropy",
+            "metrics": ["accuracy"],
+        }
+        if stock:
+            model = keras.Model(inputs, outputs)
+            model.compile(keras.optimizers.Adam(rate, global_clipnorm=max_norm), **arguments)
+        else:
+            model = TapeModel(inputs, outputs)
+            clipping = [hooks.SkipNonFinite(), hooks.GlobalNormClipping(max_norm)]
+            model.compile(keras.optimizers.Adam(rate), gradient_hooks=clipping, **arguments)
+        return model
+
+    return build
 
 
-SEARCHES: dict[str, tuple[Any, Any, dict[str, Any], int | None]] = {
-    "12 trials of 3 epochs, dense": (dense, keras_tuner.RandomSearch, {"max_trials": 12}, 3),
-    "30 trials of 1 epoch, CNN": (convolutional, keras_tuner.RandomSearch, {"max_trials": 30}, 1),
-    "Hyperband to 6 epochs, dense": (
+@dataclass(frozen=True)
+class Search:
+    """A search to be timed.
+
+    Attributes:
+        title: in the table.
+        body: the layers between inputs and outputs.
+        tuner: the class of the tuner.
+        options: its arguments.
+        fit: arguments of `search`.
+    """
+
+    title: str
+    body: Callable[[Any], Any]
+    tuner: Any
+    options: dict[str, Any]
+    fit: dict[str, Any] = field(default_factory=dict)
+
+
+SEARCHES = {
+    "dense": Search(
+        "12 trials of 3 epochs, dense",
+        dense,
+        keras_tuner.RandomSearch,
+        {"max_trials": 12},
+        {"epochs": 3},
+    ),
+    "cnn": Search(
+        "30 trials of 1 epoch, CNN",
+        convolutional,
+        keras_tuner.RandomSearch,
+        {"max_trials": 30},
+        {"epochs": 1},
+    ),
+    "hyperband": Search(
+        "Hyperband to 6 epochs, dense",
         dense,
         keras_tuner.Hyperband,
         {"max_epochs": 6, "factor": 3},
-        None,
     ),
 }
 
 
-def run(name: str, reuse: bool) -> tuple[float, float, list[Any]]:
-    """Returns wall time, processor time, and the trials from the best on."""
-    build, cls, options, epochs = SEARCHES[name]
+@dataclass(frozen=True)
+class Found:
+    """What a search took, and what it found.
+
+    Attributes:
+        wall: time on the clock, in seconds.
+        cpu: time of the processor.
+        scores: the trials with their scores, the best first.
+    """
+
+    wall: float
+    cpu: float
+    scores: list[tuple[str, float]]
+
+    def __str__(self) -> str:
+        return f"{self.wall:.1f} s ({self.cpu:.1f})"
+
+
+def run(search: Search, side: str) -> Found:
+    """Makes a search."""
+    build: Any = build_function(search.body, stock=side == "stock")
     keras.utils.clear_session()
-    gc.unfreeze()
     gc.collect()
+    if side == "reuse, frozen":
+        gc.freeze()
     with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter(), time.process_time()
-        hypermodel = tuning.TapeHyperModel(build, parts=()) if reuse else build
-        tuner = cls(
-            hypermodel,
+        if side.startswith("reuse"):
+            build = tuning.TapeHyperModel(build, parts=())
+        tuner = search.tuner(
+            build,
             objective=keras_tuner.Objective("val_accuracy", "max"),
             seed=1,
             directory=directory,
-            **options,
+            **search.options,
         )
         x, y = DIGITS.data.astype("float32") / 16, DIGITS.target
-        fit = {} if epochs is None else {"epochs": epochs}
-        tuner.search(x, y, validation_split=0.2, batch_size=64, verbose=0, **fit)
-        end = time.perf_counter(), time.process_time()
+        tuner.search(x, y, validation_split=0.2, batch_size=64, verbose=0, **search.fit)
+        wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
         trials = tuner.oracle.get_best_trials(len(tuner.oracle.trials))
-        found = [(trial.trial_id, trial.score) for trial in trials]
-    return end[0] - begin[0], end[1] - begin[1], found
+    gc.unfreeze()
+    return Found(wall, cpu, [(trial.trial_id, float(trial.score)) for trial in trials])
+
+
+def run_apart(name: str, side: str) -> Found:
+    """Makes a search in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.tuning", "--run", name, side]
+    return Found(**json.loads(subprocess.check_output(command).splitlines()[-1]))
+
+
+def row(name: str, rounds: int) -> str:
+    """Times all sides of a search in turns and returns a row of the table."""
+    search = SEARCHES[name]
+    runs: dict[str, list[Found]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side in SIDES:
+            runs[side].append(run_apart(name, side))
+    found = {side: min(done, key=lambda f: f.wall) for side, done in runs.items()}
+    stock, without, reuse, frozen = found.values()
+    best = "yes" if stock.scores[0][0] == reuse.scores[0][0] else "no"
+    same = "yes" if without.scores == reuse.scores == frozen.scores else "no"
+    cells = [search.title, len(reuse.scores), stock, without, reuse, frozen]
+    cells += [f"{stock.wall / reuse.wall:.1f}, {stock.wall / frozen.wall:.1f}", best, same]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+HEAD = [
+    "| search | trials | stock | no reuse | reuse | reuse, `gc.freeze` | times faster than stock "
+    "| best trial as stock | scores as without reuse |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=SEARCHES, action="append", help="may be repeated")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
     parser.add_argument("--write", type=Path, help="a page to put the table into")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = [
-        "| search | trials | stock | reuse | times faster | same scores |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in SEARCHES:
-        stock, _, first = run(name, False)
-        reuse, _, second = run(name, True)
-        same = "yes" if first == second else "NO"
-        rows.append(
-            f"| {name} | {len(first)} | {stock:.1f} s | {reuse:.1f} s | "
-            f"{stock / reuse:.1f} | {same} |"
-        )
+    if args.run:
+        name, side = args.run
+        # What a process pays once is no part of a search.
+        run(replace(SEARCHES["dense"], options={"max_trials": 1}), side)
+        print(json.dumps(asdict(run(SEARCHES[name], side))))
+        return
+    rows = list(HEAD)
+    for name in args.only or SEARCHES:
+        rows.append(row(name, args.rounds))
         print(rows[-1], flush=True)
     if args.write:
         page = args.write.read_text(encoding="utf-8")
         block = "<!-- figures -->\n" + "\n".join(rows) + "\n<!-- end of figures -->"
-        page = re.sub(
-            r"<!-- figures -->.*<!-- end of figures -->", lambda _: block, page, flags=re.S
-        )
+        pattern = r"<!-- figures -->.*<!-- end of figures -->"
+        page = re.sub(pattern, lambda _: block, page, flags=re.S)
         args.write.write_text(page, encoding="utf-8")
 
 

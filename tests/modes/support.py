@@ -119,7 +119,7 @@ def trained(
 ) -> Any:
     """Trains a model on batches in a fixed order; `model.log` is the history."""
     make, x = MODELS[model]
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
     scope = mirrored(num_replicas).scope() if num_replicas > 1 else contextlib.nullcontext()
     with dtype_policy(policy):

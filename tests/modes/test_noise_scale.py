@@ -15,10 +15,11 @@ RNG = np.random.default_rng(3)
 X = RNG.normal(size=(24, 3)).astype("float32")
 Y = RNG.normal(size=(24, 1)).astype("float32")
 MOMENTUM = 0.7
+SLOW = pytest.mark.slow
 
 
 def _model(num_replicas=1, optimizer=None, **options):
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     scope = support.mirrored(num_replicas).scope() if num_replicas > 1 else contextlib.nullcontext()
     with scope:
         inputs = keras.Input((3,))
@@ -80,7 +81,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c if c in ("micro_batches", "replicas_and_micro_batches") else pytest.param(c, marks=SLOW)
+        for c in CASES
+    ],
+)
 def test_float64(case):
     num_replicas, options = CASES[case]
     options = dict(options)
@@ -107,20 +114,29 @@ def test_parts_of_unequal_size():
     np.testing.assert_allclose(log["noise_scale"], [expected], rtol=2e-5)
 
 
-def test_replicas_of_unequal_size():
-    """Nine examples are 5 and 4, and Keras gives each replica half a say."""
-    model = _model(2, gradient_hooks=[hooks.NoiseScale(0.0)])
-    log = model.fit(X[:9], Y[:9], batch_size=9, shuffle=False, verbose=0).history
-    w = np.ones((3, 1))
-    x, y = X[:9].astype("float64"), Y[:9].astype("float64")
-    shares = [_gradient(x[:5], y[:5], w), _gradient(x[5:], y[5:], w)]
-    small = np.mean([np.sum(g**2) for g in shares])
-    whole = np.sum(np.mean(shares, axis=0) ** 2)
-    # The variances, in units of that of one example.
-    of_small, of_whole = (1 / 5 + 1 / 4) / 2, (1 / 5 + 1 / 4) / 4
-    noise = (small - whole) / (of_small - of_whole)
-    signal = whole - of_whole * noise
-    expected = noise / signal if signal > 0 else 0.0
+@pytest.mark.parametrize(
+    "case", ["whole", *(pytest.param(c, marks=SLOW) for c in ("micro_batches", "window"))]
+)
+def test_replicas_of_unequal_size(case):
+    """Nine examples are 5 and 4, of which each counts the same."""
+    options = {"gradient_hooks": [hooks.NoiseScale(MOMENTUM)]}
+    batch_size = 9
+    if case == "micro_batches":
+        options["micro_batches"] = 2
+    elif case == "window":
+        # Steps of five and four: 3 + 2 on one replica, 2 + 2 on the other.
+        batch_size = 5
+        options["optimizer"] = lambda: keras.optimizers.SGD(0.05, gradient_accumulation_steps=2)
+    model = _model(2, **options)
+    log = model.fit(X[:9], Y[:9], batch_size=batch_size, shuffle=False, verbose=0).history
+    parts = {
+        "whole": [np.arange(5), np.arange(5, 9)],
+        "micro_batches": np.split(np.arange(9), [3, 5, 7]),
+        "window": [np.r_[0:3, 5:7], np.r_[3:5, 7:9]],
+    }[case]
+    expected, _, _ = _expected(
+        [(X[:9].astype("float64"), Y[:9].astype("float64"))], lambda _: parts
+    )
     np.testing.assert_allclose(log["noise_scale"], [expected], rtol=2e-5)
 
 
@@ -130,7 +146,7 @@ def test_the_estimate_is_without_bias():
     # With w = 0 and x = 1 the gradient of an example is -2y: mean 2, variance 4.
     y = rng.normal(-1.0, 1.0, size=(4000 * 7, 1)).astype("float32")
     x = np.ones_like(y)
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     inputs = keras.Input((1,))
     model = TapeModel(inputs, layers.Dense(1, use_bias=False)(inputs))
     hook = hooks.NoiseScale(0.9995)

@@ -1,5 +1,7 @@
 """`MirroredStrategy`: N replicas equal one device on the global batch."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -17,36 +19,51 @@ def _hooks():
     return [support.sensitive, hooks.GlobalNormClipping(0.8), hooks.GradientNoise(0.05, seed=3)]
 
 
-def _check(model, optimizer, num_replicas):
-    runs = [
-        trained(model, OPTIMIZERS[optimizer], n, epochs=2, gradient_hooks=_hooks())
-        for n in (1, num_replicas)
-    ]
-    assert difference(runs[1], runs[0]) < 1e-6
-    np.testing.assert_allclose(runs[1].log["loss"], runs[0].log["loss"], rtol=1e-5)
-    assert_replicas_agree(runs[1])
+@functools.cache
+def _alone(model, optimizer, epochs=1):
+    """On one device."""
+    return trained(model, OPTIMIZERS[optimizer], epochs=epochs, gradient_hooks=_hooks())
+
+
+def _check(model, optimizer, num_replicas, epochs=1, **options):
+    found = trained(
+        model,
+        OPTIMIZERS[optimizer],
+        num_replicas,
+        epochs=epochs,
+        gradient_hooks=_hooks(),
+        **options,
+    )
+    expected = _alone(model, optimizer, epochs)
+    assert difference(found, expected) < 1e-6
+    np.testing.assert_allclose(found.log["loss"], expected.log["loss"], rtol=1e-5)
+    assert int(found.optimizer.iterations.numpy()) == 4 * epochs
+    assert_replicas_agree(found)
+
+
+def _everyday(*names, of):
+    return [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in of]
 
 
 @pytest.mark.parametrize("model", ["dense", "embedding"])
 @pytest.mark.parametrize("num_replicas", SIZES)
 def test_equal_one_device(model, num_replicas):
-    _check(model, "sgd", num_replicas)
+    _check(model, "sgd", num_replicas, epochs=2)
 
 
-@pytest.mark.parametrize("optimizer", OTHERS)
+@pytest.mark.parametrize("optimizer", _everyday("adamw_ema", "loss_scale_multi", of=OTHERS))
 def test_equal_one_device_with_other_optimizers(optimizer):
     _check("embedding", optimizer, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_replicas", [3, 4])
-@pytest.mark.parametrize("model", ["dense", "embedding"])
+@pytest.mark.parametrize(("model", "num_replicas"), [("embedding", 3), ("dense", 4)])
 @pytest.mark.parametrize("optimizer", OTHERS)
 def test_equal_one_device_with_all(model, optimizer, num_replicas):
     _check(model, optimizer, num_replicas)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", _everyday("adamw_ema", "loss_scale", of=OPTIMIZERS))
 def test_without_hooks_bits_are_those_of_keras(optimizer):
     """Loss scale as well, where no replica overflows."""
     runs = [
@@ -57,13 +74,28 @@ def test_without_hooks_bits_are_those_of_keras(optimizer):
     assert runs[1].log == runs[0].log
 
 
-CLIPS = [{"global_clipnorm": 0.3}, {"clipnorm": 0.1}, {"clipvalue": 0.02}]
+CLIPS = {"global_clipnorm": 0.3, "clipnorm": 0.1, "clipvalue": 0.02}
 
 
-@pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: next(iter(clip)))
-@pytest.mark.parametrize("with_hook", [False, True])
-def test_clipping_of_the_optimizer_is_of_the_sum(clip, with_hook):
+@pytest.mark.parametrize(
+    ("name", "with_hook"),
+    [
+        ("global_clipnorm", False),
+        ("clipvalue", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("global_clipnorm", True),
+                ("clipvalue", False),
+                ("clipnorm", False),
+                ("clipnorm", True),
+            ]
+        ),
+    ],
+)
+def test_clipping_of_the_optimizer_is_of_the_sum(name, with_hook):
     """Keras clips on each replica before the sum: up to n times the norm."""
+    clip = {name: CLIPS[name]}
     chosen = [support.sensitive] if with_hook else []
 
     def optimizer():
@@ -71,12 +103,14 @@ def test_clipping_of_the_optimizer_is_of_the_sum(clip, with_hook):
 
     one, two = (trained("dense", optimizer, n, gradient_hooks=chosen) for n in (1, 2))
     assert difference(two, one) < 1e-6
-    stock = trained("dense", optimizer, 2, model_class=keras.Model)
     if not with_hook:
+        stock = trained("dense", optimizer, 2, model_class=keras.Model)
         assert difference(stock, one) > 1e-3
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "loss_scale", "loss_scale_multi"])
+@pytest.mark.parametrize(
+    "optimizer", _everyday("sgd", "loss_scale", of=["sgd", "loss_scale", "loss_scale_multi"])
+)
 def test_a_nan_on_one_replica_is_seen_by_all(optimizer):
     y = support.Y.copy()
     y[9] = np.nan  # of the first batch, on the second replica
@@ -134,7 +168,7 @@ def test_batch_normalization_trains():
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batches": 2}], ids=["whole", "micro-batches"])
-@pytest.mark.parametrize("batch_size", [7, 15])
+@pytest.mark.parametrize("batch_size", _everyday(7, of=[7, 15]))
 def test_uneven_batches(batch_size, options):
     """Keras averages replicas alike, however few examples one has, and may have none."""
     arguments = {"batch_size": batch_size, "gradient_hooks": [support.sensitive], **options}
@@ -146,24 +180,14 @@ def test_uneven_batches(batch_size, options):
 
 
 @pytest.mark.parametrize("mode", ["mirrored_spe", "mirrored_eager"])
-@pytest.mark.parametrize("optimizer", ["sgd", "loss_scale"])
+@pytest.mark.parametrize("optimizer", _everyday("sgd", of=["sgd", "loss_scale"]))
 def test_other_modes_on_replicas(mode, optimizer):
     """Four steps in executions of three: the last one has a step of its own."""
     options, num_replicas = support.MODES[mode]
-    one = trained("embedding", OPTIMIZERS[optimizer], gradient_hooks=_hooks())
-    other = trained(
-        "embedding", OPTIMIZERS[optimizer], num_replicas, gradient_hooks=_hooks(), **options
-    )
-    assert difference(other, one) < 1e-6
-    np.testing.assert_allclose(other.log["loss"], one.log["loss"], rtol=1e-5)
-    assert_replicas_agree(other)
-    assert int(other.optimizer.iterations.numpy()) == 4
+    _check("embedding", optimizer, num_replicas, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [2, 5])
 def test_micro_batches_on_replicas(micro_batches):
-    options = {"gradient_hooks": _hooks()}
-    one = trained("embedding", OPTIMIZERS["sgd"], **options | {"gradient_hooks": _hooks()})
-    two = trained("embedding", OPTIMIZERS["sgd"], 2, micro_batches=micro_batches, **options)
-    assert difference(two, one) < 1e-6
-    assert_replicas_agree(two)
+    _check("embedding", "sgd", 2, micro_batches=micro_batches)

@@ -111,6 +111,26 @@ def test_xla_on_several_cpus_is_refused():
         model.compile(_sgd(), "mse", jit_compile="auto")
 
 
+def test_a_compiled_update_has_no_effect_under_a_strategy():
+    """It says so, and trains as without."""
+    with mirrored(2).scope():
+        model, plain = _model(), _model()
+        with pytest.warns(UserWarning, match="`jit_compile='update'` has no effect under a `tf"):
+            model.compile(_sgd(), "mse", jit_compile="update", gradient_hooks=[support.sensitive])
+        plain.compile(_sgd(), "mse", gradient_hooks=[support.sensitive])
+    support.assert_same_bits(_fit(model), _fit(plain))
+
+
+def test_a_compiled_update_has_no_effect_in_eager_mode():
+    with pytest.warns(UserWarning, match="`jit_compile='update'` has no effect with `run_eagerly"):
+        _model().compile(_sgd(), "mse", jit_compile="update", run_eagerly=True)
+
+
+def test_an_unknown_way_to_compile_is_refused():
+    with pytest.raises(ValueError, match="must be True, False, 'auto' or 'update'. Received"):
+        _model().compile(_sgd(), "mse", jit_compile="updates")
+
+
 def test_a_parameter_server_is_refused():
     model = _model()
     # A real one needs servers to wait for.
@@ -120,6 +140,7 @@ def test_a_parameter_server_is_refused():
         model.compile("adam", "mse")
 
 
+@pytest.mark.slow
 def test_replicas_keep_their_own_copy_of_what_a_file_holds(tmp_path):
     """Weights saved under a strategy are read without one, and the other way round."""
     two = support.trained("dense", _sgd, 2, gradient_hooks=[hooks.GlobalNormClipping(0.5)])

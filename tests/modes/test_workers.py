@@ -112,6 +112,8 @@ CASES = {
     "micro_batches": {"compile": {"micro_batches": 3}},
     "several_steps": {"compile": {"steps_per_execution": 3}},
     "eager": {"compile": {"run_eagerly": True}},
+    # Four steps an epoch: a window, and one that is left over.
+    "accumulation": {"accumulation": 3},
 }
 
 
@@ -123,6 +125,7 @@ def test_equal_one_device(tmp_path, case):
     first, second = _run(tmp_path / "two", **task)
     _assert_same_bits(first, second)
     assert _difference(first, one) < 1e-6
+    assert one.iterations == first.iterations == (4 if "accumulation" in task else 8)
     assert one.history.keys() == first.history.keys() >= {"gradient_norm", "val_loss", "mae"}
     for name, values in one.history.items():
         np.testing.assert_allclose(first.history[name], values, rtol=1e-4, err_msg=name)

@@ -42,7 +42,12 @@ class DieAt(keras.callbacks.Callback):
 
 
 def optimizer():
-    made = keras.optimizers.Adam(0.02) if TASK.get("adam") else keras.optimizers.SGD(0.1, 0.9)
+    options = {"gradient_accumulation_steps": TASK.get("accumulation")}
+    made = (
+        keras.optimizers.Adam(0.02, **options)
+        if TASK.get("adam")
+        else keras.optimizers.SGD(0.1, 0.9, **options)
+    )
     if TASK.get("loss_scale"):
         made = keras.optimizers.LossScaleOptimizer(made, initial_scale=1024.0)
     return made

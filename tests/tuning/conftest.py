@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+
 import keras
 import keras_tuner
 import numpy as np
 import pytest
 
 from keras_tapefit import TapeModel, hooks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_collections():
+    """KerasTuner collects garbage twice before each trial."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +69,29 @@ def functional(hp, units=3):
     return model
 
 
+def small(hp):
+    """A model that is traced in no time."""
+    inputs = keras.Input((4,))
+    model = TapeModel(inputs, keras.layers.Dense(1)(keras.layers.Dropout(0.2)(inputs)))
+    model.compile(
+        keras.optimizers.SGD(hp.Float("learning_rate", 1e-3, 1e-1, sampling="log"), momentum=0.9),
+        "mse",
+        gradient_hooks=[
+            hooks.GradientMonitor(),
+            hooks.GlobalNormClipping(hp.Float("max_norm", 0.1, 10.0)),
+        ],
+    )
+    return model
+
+
 @pytest.fixture
 def build():
     return functional
+
+
+@pytest.fixture
+def light():
+    return small
 
 
 def scores(tuner):

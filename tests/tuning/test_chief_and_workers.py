@@ -75,7 +75,7 @@ def test_a_worker_killed_in_the_middle_loses_no_trial(tmp_path):
         processes.append(victim := start("tuner0", PAUSE="600"))
         wait_for("began-tuner0-*")
         victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        victim.communicate()
         processes.append(start("tuner1"))
         wait_for("began-tuner1-*")
         processes.append(start("tuner0"))

@@ -1,0 +1,287 @@
+"""What is measured, part by part; each part returns the lines of a table."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_tapefit import TapeModel, backward, callbacks, hooks
+from tests.benchmarks import timing, workloads
+
+Lines = Iterator[tuple[str, ...]]
+
+
+def three_hooks() -> list[Any]:
+    return [hooks.SkipNonFinite(), hooks.GradientMonitor(), hooks.GlobalNormClipping(1.0)]
+
+
+def one_hook() -> list[Any]:
+    return [hooks.GlobalNormClipping(1.0)]
+
+
+def stock_clipping() -> Any:
+    return keras.optimizers.Adam(global_clipnorm=1.0)
+
+
+def compiled(workload: Any, cls: Any, optimizer: Any, **arguments: Any) -> Any:
+    model = workload.build(cls)
+    arguments.setdefault("jit_compile", False)
+    model.compile(optimizer, workloads.loss(), **arguments)
+    return model
+
+
+def runs_of(workload: Any, models: dict[str, Any], number: int) -> dict[str, Callable[[], None]]:
+    return {
+        side: timing.steps_of(model, workload.x, workload.y, number)
+        for side, model in models.items()
+    }
+
+
+def line(workload: str, side: str, goal: str, r: timing.Ratio) -> tuple[str, ...]:
+    times = f"{r.milliseconds:.2f}", f"{r.base_milliseconds:.2f}"
+    return workload, side, f"{r.cpu:.2f}", f"{r.wall:.2f}", goal, *times
+
+
+def first_steps(rounds: int) -> Lines:
+    """Trace and first execution of a train function, new models each time. The goals are
+    those of Adam and AdamW."""
+    yield "workload", "with", "CPU", "wall", "goal", "CPU ms", "stock"
+    for workload in (workloads.dense_stack(100), workloads.resnet()):
+        for name in ("Adam", "AdamW"):
+            make = getattr(keras.optimizers, name)
+            times: dict[str, list[Any]] = {"stock": [], "no hooks": [], "three hooks": []}
+            for _ in range(rounds):
+                for side, measured in times.items():
+                    keras.utils.clear_session()
+                    cls = keras.Model if side == "stock" else TapeModel
+                    given = {"gradient_hooks": three_hooks()} if side == "three hooks" else {}
+                    model = compiled(workload, cls, make(), **given)
+                    run = timing.steps_of(model, workload.x, workload.y, 1)
+                    measured.append(timing.stopwatch(run))
+            for side, goal in (("no hooks", "0.33"), ("three hooks", "0.40")):
+                found = timing.ratio(times[side], times["stock"])
+                yield line(f"{workload.name}, {name}", side, goal, found)
+
+
+def steps(rounds: int) -> Lines:
+    """Steps of a model that is warm. Stock clips with `global_clipnorm`, and so does the
+    side without hooks; the loop is a `@tf.function` written by hand, with the same."""
+    yield "workload", "with", "CPU", "wall", "goal", "CPU ms", "stock"
+    subjects = [workloads.small_mlp(), workloads.conv_classifier(), workloads.transformer()]
+    subjects += [workloads.lstm(), workloads.dense_stack(100), workloads.resnet()]
+    for workload in subjects:
+        number = 200 if workload.name == "small MLP" else 5
+        update: dict[str, Any] = {"gradient_hooks": one_hook(), "jit_compile": "update"}
+        models = {
+            "stock": compiled(workload, keras.Model, stock_clipping()),
+            "no hooks": compiled(workload, TapeModel, stock_clipping()),
+            "clip hook": compiled(workload, TapeModel, "adam", gradient_hooks=one_hook()),
+            "three hooks": compiled(workload, TapeModel, "adam", gradient_hooks=three_hooks()),
+            'clip hook, `jit_compile="update"`': compiled(workload, TapeModel, "adam", **update),
+        }
+        runs = runs_of(workload, models, number)
+        runs["a loop by hand"] = by_hand(workload, number)
+        heavy = workload.name in ("conv classifier", "Transformer")
+        goals = ["", "1.00", "1.00", "1.03", "0.70" if heavy else "1.05", ""]
+        found = timing.in_turns(runs, rounds, number)
+        for (side, measured), goal in list(zip(found.items(), goals, strict=True))[1:]:
+            yield line(workload.name, side, goal, measured)
+
+
+def by_hand(workload: Any, number: int) -> Callable[[], None]:
+    """Returns the loop of TensorFlow's guides, of the same model."""
+    model, optimizer, loss = workload.build(keras.Model), stock_clipping(), workloads.loss()
+    optimizer.build(model.trainable_variables)
+    mean = keras.metrics.Mean()
+    x, y = tf.constant(workload.x), tf.constant(workload.y)
+
+    @tf.function
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        gradients = tape.gradient(value, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        mean.update_state(value)
+        return mean.result()
+
+    def run() -> None:
+        for _ in range(number):
+            value = step(x, y)
+        float(value)
+
+    return run
+
+
+def freezing(rounds: int) -> Lines:
+    """The first 90 of 100 layers frozen: steps, and what going to and fro costs."""
+    yield "202 variables, Adam", "CPU", "wall", "goal", "CPU ms", "stock"
+    workload = workloads.dense_stack(100)
+    stock, ours = workload.build(keras.Model), workload.build(TapeModel)
+    for layer in stock.layers[:91]:
+        layer.trainable = False
+    models = {"stock": stock, "ours": ours}
+    for model in models.values():
+        model.compile("adam", workloads.loss(), jit_compile=False)
+    run = timing.steps_of(ours, workload.x, workload.y, 1)
+    run()
+    ours.freeze(ours.layers[1:91])
+    first = timing.stopwatch(run)
+    found = timing.in_turns(runs_of(workload, models, 20), rounds, 20)["ours"]
+    yield (
+        line("a step, against `trainable = False` before `compile`", "", "1.02", found)[:1]
+        + (line("", "", "1.02", found)[2:])
+    )
+    again = []
+    for _ in range(rounds):
+        ours.unfreeze(ours.layers[1:91])
+        run()
+        ours.freeze(ours.layers[1:91])
+        again.append(timing.stopwatch(run)[0])
+    yield "the first step after `freeze`, which traces", "", "", "", f"{1e3 * first[0]:.0f}", ""
+    later = f"{1e3 * float(np.median(again)):.1f}"
+    yield "the first step after a later `freeze`", "", "", "", later, ""
+
+
+def overhead(rounds: int) -> Lines:
+    """`fit` on the small MLP: 2,000 steps, from the call to the return, against stock in
+    the same setting."""
+    yield "small MLP, `fit`", "CPU", "wall", "goal", "CPU ms a step", "stock"
+    workload, number = workloads.small_mlp(), 2000
+    batches = tf.data.Dataset.from_tensors((workload.x, workload.y)).cache().repeat(number)
+    for size in (1, 50):
+        runs = {}
+        for side in ("stock", "ours", "ours, `GradientHistory`"):
+            cls = keras.Model if side == "stock" else TapeModel
+            model = compiled(workload, cls, "adam", steps_per_execution=size)
+            watching = [callbacks.GradientHistory()] if "History" in side else []
+            fit = functools.partial(model.fit, batches, verbose=0)
+            runs[side] = lambda fit=fit, watching=watching: fit(callbacks=watching)
+        found = timing.in_turns(runs, rounds, number)
+        for side in list(found)[1:]:
+            name = f"{side}, `steps_per_execution={size}`"
+            yield line(name, "", "", found[side])[:1] + line("", "", "", found[side])[2:]
+    model = compiled(workload, TapeModel, "adam")
+    inside = timing.in_turns(runs_of(workload, {"ours": model}, 200), rounds, 200)["ours"]
+    milliseconds = f"{inside.milliseconds:.2f}"
+    yield "of that in the train function, one step an execution", "", "", "", milliseconds, ""
+
+
+def methods(rounds: int) -> Lines:
+    """Ways to get gradients, conv classifier, against a plain step of `TapeModel`."""
+    yield "conv classifier", "CPU", "wall", "goal", "CPU ms", "plain"
+    workload = workloads.conv_classifier()
+    given: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "`SharpnessAware()`": {"backward": backward.SharpnessAware()},
+        "`micro_batches=4`": {"micro_batches": 4},
+        "`PerExampleClipping(1.0)`": {"backward": backward.PerExampleClipping(1.0)},
+    }
+    models = {k: compiled(workload, TapeModel, "adam", **v) for k, v in given.items()}
+    runs = {**runs_of(workload, models, 3), "a loop over examples": one_by_one(workload, 3)}
+    found = timing.in_turns(runs, rounds, 3)
+    for side, goal in zip(list(found)[1:], ("2.05", "1.10", "", ""), strict=True):
+        yield line(side, "", goal, found[side])[:1] + line("", "", goal, found[side])[2:]
+    slow, fast = found["a loop over examples"], found["`PerExampleClipping(1.0)`"]
+    times = f"{slow.cpu / fast.cpu:.1f} times", f"{slow.wall / fast.wall:.1f} times"
+    yield "the loop against `PerExampleClipping`", *times, "5 times", "", ""
+
+
+def one_by_one(workload: Any, number: int) -> Callable[[], None]:
+    """Returns the plain way to clip the gradient of each example."""
+    model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
+    optimizer.build(model.trainable_variables)
+    variables = [v.value for v in model.trainable_variables]
+    x, y = tf.constant(workload.x), tf.constant(workload.y)
+
+    @tf.function
+    def step() -> Any:
+        total = [tf.zeros_like(v) for v in variables]
+        for i in tf.range(len(x)):
+            with tf.GradientTape() as tape:
+                value = loss(y[i : i + 1], model(x[i : i + 1], training=True))
+            gradients, _ = tf.clip_by_global_norm(tape.gradient(value, variables), 1.0)
+            total = [a + b for a, b in zip(total, gradients, strict=True)]
+        optimizer.apply([g / len(x) for g in total], model.trainable_variables)
+        return optimizer.iterations + 0
+
+    def run() -> None:
+        for _ in range(number):
+            count = step()
+        int(count)
+
+    return run
+
+
+def growth(rounds: int) -> Lines:
+    """Time to the first step, and of a step, with Adam, three hooks on our side. The last
+    line is the slope between the smallest and the largest."""
+    yield "variables", "first step, CPU ms", "stock", "a step, CPU ms", "stock"
+    table: dict[int, list[float]] = {}
+    for num_layers in (11, 49, 199):
+        workload = workloads.dense_stack(num_layers)
+        firsts: dict[str, list[float]] = {"ours": [], "stock": []}
+        runs: dict[str, Any] = {}
+        for _ in range(max(1, rounds // 2)):
+            for side, measured in firsts.items():
+                given = {"gradient_hooks": three_hooks()} if side == "ours" else {}
+                cls = TapeModel if side == "ours" else keras.Model
+                model = compiled(workload, cls, "adam", **given)
+                runs[side] = timing.steps_of(model, workload.x, workload.y, 1)
+                measured.append(timing.stopwatch(runs[side])[0])
+        found = timing.in_turns(dict(reversed(runs.items())), rounds * 3)["ours"]
+        row = [1e3 * float(np.median(firsts[side])) for side in ("ours", "stock")]
+        row += [found.milliseconds, found.base_milliseconds]
+        table[2 * num_layers + 2] = row
+        yield str(2 * num_layers + 2), *(f"{value:.2f}" for value in row)
+        keras.utils.clear_session()
+    (few, low), *_, (many, high) = table.items()
+    slopes = [(b - a) / (many - few) for a, b in zip(low, high, strict=True)]
+    yield "each one more", *(f"{slope:.3f}" for slope in slopes)
+
+
+def memory(rounds: int) -> Lines:
+    """Peak memory above that of the program, 512 images of 32×32, a process each."""
+    command = [sys.executable, "-m", "tests.benchmarks.memory"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for row in printed.splitlines():
+        if not re.match(r"\|[-|]+\|$", row):
+            yield tuple(cell.strip() for cell in row.strip("|").split("|"))
+
+
+def imports(rounds: int) -> Lines:
+    """What `import keras_tapefit` adds to `import keras`; goal: at most 50 ms."""
+    yield "import", "CPU ms", "wall ms"
+    code = (
+        "import time; c, w = time.process_time, time.perf_counter; a, b = c(), w(); "
+        "import keras; print(c() - a, w() - b); a, b = c(), w(); "
+        "import keras_tapefit; print(c() - a, w() - b)"
+    )
+    found = []
+    for _ in range(rounds):
+        words = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        found.append([float(word) for word in words])
+        time.sleep(0.1)
+    medians = 1e3 * np.median(np.array(found), axis=0)
+    yield "`keras`", f"{medians[0]:.0f}", f"{medians[1]:.0f}"
+    yield "`keras_tapefit` on top", f"{medians[2]:.0f}", f"{medians[3]:.0f}"
+
+
+PARTS: dict[str, tuple[str, Callable[[int], Lines]]] = {
+    "first-step": ("Time to the first step", first_steps),
+    "steps": ("A step", steps),
+    "freezing": ("Freezing", freezing),
+    "overhead": ("What `fit` costs around the steps", overhead),
+    "methods": ("Ways to get gradients", methods),
+    "growth": ("Growth with the number of variables", growth),
+    "memory": ("Memory of micro-batches", memory),
+    "import": ("Import", imports),
+}

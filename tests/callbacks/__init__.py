@@ -1,0 +1,1 @@
+"""Callbacks that show gradients, and the records that they read."""

@@ -1,0 +1,232 @@
+"""`compile(micro_batches=k)`: the parts of a batch give what the whole batch gives."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_tapefit import TapeModel, backward, hooks
+
+from . import support
+from .support import OPTIMIZERS, X, Y, assert_replicas_agree, difference, trained
+
+
+def _hooks():
+    return [
+        hooks.GradientMonitor(),
+        support.sensitive,
+        hooks.GlobalNormClipping(0.8),
+        hooks.GradientNoise(0.05, seed=3),
+    ]
+
+
+@functools.cache
+def _whole(model, optimizer, batch_size=support.BATCH_SIZE, num_examples=48, num_replicas=1):
+    return trained(
+        model,
+        OPTIMIZERS[optimizer],
+        num_replicas,
+        batch_size=batch_size,
+        num_examples=num_examples,
+        metrics=["mae"],
+        gradient_hooks=_hooks(),
+    )
+
+
+def _in_parts(model, optimizer, micro_batches, num_replicas=1, **options):
+    return trained(
+        model,
+        OPTIMIZERS[optimizer],
+        num_replicas,
+        metrics=["mae"],
+        gradient_hooks=_hooks(),
+        micro_batches=micro_batches,
+        **options,
+    )
+
+
+def _assert_equal(found, expected):
+    assert difference(found, expected) < 1e-6
+    assert int(found.optimizer.iterations.numpy()) == int(expected.optimizer.iterations.numpy())
+    for name, values in expected.log.items():
+        np.testing.assert_allclose(found.log[name], values, rtol=1e-5, err_msg=name)
+
+
+EVERYDAY = [("graph", "sgd"), ("eager", "adamw_ema")]
+TESTED = ["sgd", "adam", "adamw_ema", "multi", "loss_scale"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "optimizer"), support.cells(TESTED, EVERYDAY, "sgd", ["graph", "eager", "mirrored"])
+)
+def test_parts_are_the_whole(mode, optimizer):
+    options, num_replicas = support.MODES[mode]
+    found = _in_parts("embedding", optimizer, 3, num_replicas, **options)
+    _assert_equal(found, _whole("embedding", optimizer))
+    if num_replicas > 1:
+        assert_replicas_agree(found)
+
+
+# 46 by 10: the last batch has 6. Parts of 3, 3, 2, 2 and at last 2, 2, 1, 1; then of
+# two and one example, and at last of one, with four parts empty.
+@pytest.mark.parametrize("micro_batches", [4, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", support.modes("graph"))
+def test_a_batch_that_does_not_divide(mode, micro_batches):
+    options, num_replicas = support.MODES[mode]
+    size = {"batch_size": 10, "num_examples": 46}
+    found = _in_parts("dense", "sgd", micro_batches, num_replicas, **size, **options)
+    _assert_equal(found, _whole("dense", "sgd", **size))
+
+
+def _sequences():
+    """Outputs with a mask, of which each example has as many as it has tokens."""
+    inputs = keras.Input((4,), dtype="int32")
+    embedded = layers.Embedding(5, 3, mask_zero=True)(inputs)
+    hidden = layers.SimpleRNN(4, return_sequences=True)(embedded)
+    return TapeModel(inputs, layers.Dense(2)(hidden))
+
+
+def _regularized():
+    inputs = keras.Input((6,))
+    hidden = layers.Dense(5, "tanh", kernel_regularizer="l2")(inputs)
+    return TapeModel(inputs, layers.Dense(2, activity_regularizer="l1")(hidden))
+
+
+WEIGHTS = np.random.default_rng(8).uniform(0, 3, size=48).astype("float32")
+# Whole parts that count for nothing.
+WEIGHTS[:4] = WEIGHTS[12:16] = 0.0
+LOSSES = {
+    "mean": keras.losses.MeanSquaredError,
+    "weighted": functools.partial(
+        keras.losses.MeanSquaredError, reduction="mean_with_sample_weight"
+    ),
+}
+
+
+CASES = [
+    (support.dense, "weighted", True),
+    (_sequences, "mean", True),
+    (_regularized, "mean", False),
+    # Not the same cases with a loss by weights: Keras then divides by the weights of what
+    # is unmasked, and a regularizer of outputs counts examples. A part has one weight.
+    pytest.param(_sequences, "weighted", False, marks=pytest.mark.slow),
+    pytest.param(_sequences, "mean", False, marks=pytest.mark.slow),
+    pytest.param(_regularized, "mean", True, marks=pytest.mark.slow),
+    pytest.param(support.dense, "mean", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("make", "loss", "weighted"), CASES)
+def test_weights_masks_and_regularizers(make, loss, weighted):
+    """Each part counts as much as the loss of the whole batch counts it."""
+    x, y = (X, Y)
+    if make is _sequences:
+        x, y = support.TOKENS, np.random.default_rng(0).normal(size=(48, 4, 2))
+    runs = []
+    for micro_batches in (1, 3):
+        keras.utils.set_random_seed(5)
+        model = make()
+        model.compile(
+            keras.optimizers.SGD(0.05, momentum=0.9),
+            LOSSES[loss](),
+            gradient_hooks=[support.sensitive],
+            micro_batches=micro_batches,
+            run_eagerly=True,
+        )
+        weights = WEIGHTS[:, np.newaxis] if weighted else None
+        log = model.fit(
+            x, y, sample_weight=weights, batch_size=12, shuffle=False, verbose=0
+        ).history
+        runs.append((model, log))
+    (expected, expected_log), (found, found_log) = runs
+    assert difference(found, expected) < 1e-6
+    np.testing.assert_allclose(found_log["loss"], expected_log["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", support.modes("graph"))
+def test_normalization_and_dropout_go_part_by_part(mode):
+    """As if the parts came one after the other: their own statistics, their own draws."""
+    options, num_replicas = support.MODES[mode]
+    if num_replicas > 1:
+        pytest.skip("each replica has statistics of its own, as in Keras")
+    found = trained("normalized", OPTIMIZERS["sgd"], micro_batches=3, **options)
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(5)
+    stock = support.normalized(keras.Model)
+    optimizer = OPTIMIZERS["sgd"]()
+    for start in range(0, 48, 12):
+        gradients = []
+        for part in range(start, start + 12, 4):
+            with tf.GradientTape() as tape:
+                outputs = stock(X[part : part + 4], training=True)
+                loss = tf.reduce_mean((outputs - Y[part : part + 4]) ** 2)
+            gradients.append(tape.gradient(loss, stock.trainable_variables))
+        mean = [sum(column) / 3.0 for column in zip(*gradients, strict=True)]
+        optimizer.apply(mean, stock.trainable_variables)
+    assert difference(found, stock) < 1e-6
+    for a, b in zip(found.variables, stock.variables, strict=True):
+        if "seed" in a.path:
+            np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.slow
+def test_one_part_is_the_whole_to_the_bit():
+    found = trained("normalized", OPTIMIZERS["adam"], micro_batches=1)
+    stock = trained("normalized", OPTIMIZERS["adam"], model_class=keras.Model)
+    support.assert_same_bits(found, stock)
+
+
+def test_parts_of_a_perturbed_step():
+    """Sharpness-aware steps perturb part by part."""
+    model = support.dense()
+    model.compile("sgd", "mse", backward=backward.SharpnessAware(0.05), micro_batches=2)
+    start = [tf.identity(v.value) for v in model.trainable_variables]
+    x, y = X[:8], Y[:8]
+    parts = []
+    for part in (slice(0, 4), slice(4, 8)):
+        first = _gradients(model, start, x[part], y[part])
+        norm = tf.linalg.global_norm(first)
+        moved = [w + 0.05 * g / norm for w, g in zip(start, first, strict=True)]
+        parts.append(_gradients(model, moved, x[part], y[part]))
+    expected = [(a + b) / 2.0 for a, b in zip(*parts, strict=True)]
+    for variable, value in zip(model.trainable_variables, start, strict=True):
+        variable.assign(value)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    for variable, value, gradient in zip(model.trainable_variables, start, expected, strict=True):
+        np.testing.assert_allclose(variable, value - 0.01 * gradient, rtol=1e-5, atol=1e-7)
+
+
+def _gradients(model, values, x, y):
+    for variable, value in zip(model.trainable_variables, values, strict=True):
+        variable.assign(value)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+    return tape.gradient(loss, model.trainable_variables)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"micro_batches": 0}, ValueError, "at least 1. Received: micro_batches=0"),
+        ({"micro_batches": 2.0}, TypeError, "must be an integer"),
+        ({"micro_batches": True}, TypeError, "must be an integer"),
+        (
+            {"backward": backward.PerExampleClipping(1.0), "micro_batches": 2},
+            ValueError,
+            "needs the whole batch at once, so `micro_batches` must be 1",
+        ),
+        (
+            {"loss": keras.losses.MeanSquaredError(reduction="sum"), "micro_batches": 2},
+            ValueError,
+            "needs a loss that is a mean over examples",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_refused(options, error, text):
+    model = support.dense()
+    with pytest.raises(error, match=text):
+        model.compile("sgd", **{"loss": "mse", **options})
+        model.fit(X, Y, verbose=0)
