@@ -20,7 +20,7 @@ from keras_tapefit.backward.base import (
     register,
 )
 from keras_tapefit.gradients import Gradients, draws
-from keras_tapefit.gradients.norms import axes_norm, wide
+from keras_tapefit.gradients.norms import rows_norm, wide
 from keras_tapefit.gradients.sparse import to_dense
 
 _MIXING = (keras.layers.BatchNormalization, keras.layers.MixUp, keras.layers.CutMix)
@@ -160,9 +160,8 @@ class PerExampleClipping(GradientMethod):
         # The loss of an example is what Keras makes of it, scaled and shared out.
         factor = objective.num_replicas() / (1.0 if scale is None else tf.cast(scale, tf.float32))
         gradients = [wide(g) for g in gradients]
-        by_variable = [axes_norm(tf.reshape(g, [tf.shape(g)[0], -1]), [1]) for g in gradients]
-        dtype = by_variable[0].dtype
-        norms = axes_norm(tf.concat([tf.cast(n, dtype) for n in by_variable], 1), [1])[:, 0]
+        norms = rows_norm([tf.reshape(g, [tf.shape(g)[0], -1]) for g in gradients])
+        dtype = norms.dtype
         norms *= tf.cast(factor, dtype)
         max_norm = tf.cast(LiveNumber.of(self, "max_norm"), dtype)
         finite = tf.math.is_finite(norms)
@@ -170,18 +169,22 @@ class PerExampleClipping(GradientMethod):
         shares = tf.where(kept, max_norm / tf.maximum(norms, max_norm), 0.0)
         shares *= tf.cast(factor, dtype)
 
-        def total(gradient: tf.Tensor) -> tf.Tensor:
-            column = tf.reshape(kept, [-1] + [1] * (gradient.shape.rank - 1))
-            # A selection: 0 · NaN is NaN.
-            values = tf.where(column, gradient, 0.0)
-            return tf.tensordot(tf.cast(shares, values.dtype), values, 1)
+        def total(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+            return [tf.tensordot(tf.cast(shares, g.dtype), g, 1) for g in gradients]
+
+        def selected() -> list[tf.Tensor]:
+            # 0 · NaN is NaN, and a pass over all examples more.
+            rows = [tf.reshape(kept, [-1] + [1] * (g.shape.rank - 1)) for g in gradients]
+            return total([tf.where(row, g, 0.0) for row, g in zip(rows, gradients, strict=True)])
+
+        sums = tf.cond(tf.reduce_all(finite), lambda: total(gradients), selected)
 
         overflow = tf.constant(False)
         if is_dynamic and scale is not None:
             # Where the loss is a number the fault is the scale's, while there is one.
             lost = counted & ~finite & tf.math.is_finite(losses)
             overflow = tf.reduce_any(lost) & (scale > 1.0)
-        return [total(g) for g in gradients], overflow
+        return sums, overflow
 
     def _noise(self, objective: Objective, variables: list[Any]) -> list[tf.Tensor]:
         streams = np.random.SeedSequence([abs(self._drawn), self._drawn < 0])

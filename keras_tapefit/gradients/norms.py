@@ -98,6 +98,28 @@ def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.add_n([tf.reduce_sum(tf.square(column)) for column in columns])
 
 
+def rows_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns the joint norm of each row of some matrices, as safe as `joint_norm`.
+
+    Args:
+        values: floating-point tensors of shape `[num_rows, ...]`, of rank 2.
+
+    Returns:
+        A vector of length `num_rows`: float32, or float64 when any of the values is.
+    """
+    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    values = [tf.cast(value, dtype) for value in values]
+    low, high, _ = _RANGES[dtype]
+    squares = tf.add_n([tf.reduce_sum(tf.square(value), axis=1) for value in values])
+
+    def scaled() -> tf.Tensor:
+        norms = [axes_norm(value, [1]) for value in values]
+        return axes_norm(tf.concat(norms, axis=1), [1])[:, 0]
+
+    is_safe = tf.reduce_all((squares > low) & (squares < high))
+    return tf.cond(is_safe, lambda: tf.sqrt(squares), scaled)
+
+
 def axes_norm(value: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Returns norms over `axes`, kept as dimensions of size 1, safe against overflow.
 

@@ -58,6 +58,7 @@ def test_worked_numbers(kwargs, kernel, expected):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
+@pytest.mark.oracle
 def test_optax_agrees():
     optax = pytest.importorskip("optax")
     jnp = pytest.importorskip("jax.numpy")

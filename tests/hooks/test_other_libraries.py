@@ -7,6 +7,7 @@ from keras import layers
 
 from keras_tapefit import hooks
 
+pytestmark = pytest.mark.oracle
 RNG = np.random.default_rng(43)
 
 
