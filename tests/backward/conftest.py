@@ -3,7 +3,6 @@
 import pytest
 from training import MODES
 
-
 EVERYDAY = ("graph", "xla", "replicas")
 
 
