@@ -152,19 +152,18 @@ def _mirrored():
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"run_eagerly": True},
-        {"jit_compile": True},
-        {"steps_per_execution": 3},
-        {"strategy": _mirrored},
-        {"strategy": _mirrored, "steps_per_execution": 2},
-        {"optimizer": keras.optimizers.LossScaleOptimizer},
-    ],
-    ids=str,
-)
+_MODES = {
+    "graph": {},
+    "eager": {"run_eagerly": True},
+    "xla": {"jit_compile": True},
+    "steps per execution": {"steps_per_execution": 3},
+    "replicas": {"strategy": _mirrored},
+    "replicas, steps per execution": {"strategy": _mirrored, "steps_per_execution": 2},
+    "loss scale": {"optimizer": keras.optimizers.LossScaleOptimizer},
+}
+
+
+@pytest.mark.parametrize("options", _MODES.values(), ids=_MODES.keys())
 def test_gradients_of_validation_batches(options):
     """Against float64 NumPy: the gradient of `mean((x @ w - y)²)` is `2/n · xᵀ(x @ w - y)`.
 

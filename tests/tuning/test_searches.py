@@ -272,15 +272,15 @@ def test_the_best_gan_comes_back(lazy, search, data):
         model.compile(hp.Float("learning_rate", 0.01, 0.1))
         return model
 
-    tuner = search(
-        tuning.TapeHyperModel(build, parts=()),
-        objective=keras_tuner.Objective("generator_loss", "min"),
-    )
+    hypermodel = tuning.TapeHyperModel(build, parts=())
+    tuner = search(hypermodel, objective=keras_tuner.Objective("generator_loss", "min"))
     weights = {}
     tuner.on_epoch_end = lambda trial, model, epoch, logs=None: weights.update(
         {trial.trial_id: model.generator.get_weights()}
     )
     tuner.search(data[0], epochs=1, verbose=0)
+    # The state of its optimizers is made in the first step, so nothing is known before.
+    assert "reused" not in hypermodel.history
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0].trial_id
     for found, kept in zip(model.generator.get_weights(), weights[best], strict=True):
