@@ -30,6 +30,8 @@ def sum_over(value: Any) -> Any:
     """Sums a tensor over replicas."""
     if count() == 1:
         return value
+    # What a branch reads from outside is on no device, which several workers must know.
+    value = tf.nest.map_structure(tf.identity, value)
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 

@@ -59,8 +59,12 @@ def _optimizer(name, **options):
 
 @functools.cache
 def _dense(name):
-    """Plain Keras, with dense gradients."""
-    return trained("product", _optimizer(name), model_class=keras.Model)
+    """Plain Keras, with dense gradients.
+
+    Eager, since in a graph its `ScheduleFreeAdamW` starts from zeros, and not from the
+    weights.
+    """
+    return trained("product", _optimizer(name), model_class=keras.Model, run_eagerly=True)
 
 
 EVERYDAY = [("graph", "Adam"), ("graph", "Adagrad"), ("mirrored", "Adam")]
