@@ -44,8 +44,8 @@ class TapeHyperModel(keras_tuner.HyperModel):
 
     ```python
     hypermodel = tuning.TapeHyperModel(build, parts=("clipping", "gate"))
-    tuner = keras_tuner.RandomSearch(hypermodel, objective="val_loss", max_trials=12)
-    tuner.search(x, y, validation_split=0.2, epochs=3)
+    tuner = keras_tuner.RandomSearch(hypermodel, objective="val_loss", max_trials=4)
+    tuner.search(x, y, validation_split=0.2, epochs=1)
     print(hypermodel.history)
     ```
     """
