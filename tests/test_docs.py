@@ -23,6 +23,8 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if "```python" in page.read_text(encoding="utf-8")
 ]
+# These train in several processes, or many models.
+SLOW = ("several_machines", "tune")
 
 
 @dataclass
@@ -56,7 +58,13 @@ def python_blocks(page: Path) -> list[Block]:
     return blocks
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else [], id=page.stem)
+        for page in PAGES
+    ],
+)
 def test_page_runs(page, tmp_path, monkeypatch, capsys):
     blocks = python_blocks(page)
     assert blocks, f"{page.name} has no Python block"

@@ -113,6 +113,7 @@ def test_inspect_gradients(run):
     assert float(removed[1]) == float(plain[1]) > 0
 
 
+@pytest.mark.slow
 def test_fine_tune_resnet50(run):
     _, lines = run("fine_tune_resnet50")
 
@@ -157,6 +158,7 @@ def test_linear_regression(run, tmp_path):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_watch_gradients(run, tmp_path):
     from matplotlib.image import imread
 
@@ -185,6 +187,7 @@ def test_watch_gradients(run, tmp_path):
         assert path.stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_gan(run, tmp_path):
     from matplotlib.image import imread
 
@@ -206,6 +209,7 @@ def test_gan(run, tmp_path):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_distributed(run):
     status, lines = run("distributed", "--workers", "2", "--epochs", "4")
 
@@ -234,6 +238,7 @@ def test_distributed_says_why_a_worker_failed(run, capsys, monkeypatch, tmp_path
 
 
 # KerasTuner loads weights into a model whose optimizer has no state yet.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_tune(run, tmp_path):
     output = tmp_path / "best.keras"

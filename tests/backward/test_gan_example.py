@@ -53,7 +53,12 @@ def assert_same_state(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("by", ["weights", "model", "checkpoint"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "by", ["model", *(pytest.param(by, marks=SLOW) for by in ("weights", "checkpoint"))]
+)
 def test_resumed_equals_uninterrupted(build, tmp_path, by):
     path = str(tmp_path / ("gan.keras" if by == "model" else "gan.weights.h5"))
     # The noise has a seed drawn by chance, which is saved with the hook.

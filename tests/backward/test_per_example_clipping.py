@@ -183,7 +183,7 @@ def _ids():
 
 
 @pytest.mark.parametrize("stack", [_series, _grids, _ids])
-@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)])
 def test_layers(mode, stack):
     method = backward.PerExampleClipping(0.05, chunk_size=4)
     build = lambda: TapeSequential(stack())  # noqa: E731
