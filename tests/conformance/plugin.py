@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import re
 import sys
@@ -52,6 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "multi_device" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="for other backends"))
+    # Keras's tests collect garbage after each of them, and none of it is from before.
+    gc.collect()
+    gc.freeze()
 
 
 def _identity(nodeid: str) -> str:
