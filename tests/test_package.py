@@ -122,12 +122,10 @@ def test_an_import_brings_nothing_that_is_not_used():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_another_backend_is_refused(tmp_path):
-    code = "import keras_tapefit"
-    environment = {"KERAS_BACKEND": "numpy", "PATH": "", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+def test_another_backend_is_refused():
+    # Said, not set: Keras needs packages that are not here to run on another one.
+    code = "import keras; keras.backend.backend = lambda: 'numpy'; import keras_tapefit"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "backend='numpy'" in done.stderr and "KERAS_BACKEND=tensorflow" in done.stderr
 
