@@ -23,8 +23,8 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if "```python" in page.read_text(encoding="utf-8")
 ]
-# These train in several processes, or many models.
-SLOW = ("several_machines", "tune")
+# These train for longer than the others.
+SLOW = ("fine_tune_and_freeze", "see_the_gradients", "several_machines", "tune")
 
 
 @dataclass

@@ -72,6 +72,7 @@ def test_explicit_loop(run):
     assert float(matches(f"test accuracy {NUMBER}", lines)[-1][1]) > 0.9
 
 
+@pytest.mark.slow
 def test_explicit_loop_notices_a_difference(run, monkeypatch):
     """A comparison that cannot fail would show nothing."""
     fit = keras.Model.fit

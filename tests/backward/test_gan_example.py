@@ -53,12 +53,8 @@ def assert_same_state(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "by", ["model", *(pytest.param(by, marks=SLOW) for by in ("weights", "checkpoint"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["weights", "model", "checkpoint"])
 def test_resumed_equals_uninterrupted(build, tmp_path, by):
     path = str(tmp_path / ("gan.keras" if by == "model" else "gan.weights.h5"))
     # The noise has a seed drawn by chance, which is saved with the hook.
@@ -96,6 +92,7 @@ def test_hooks_tell_the_networks_apart(build):
     assert np.abs(start[0] - model.generator.get_weights()[0]).max() > 0
 
 
+@pytest.mark.slow
 def test_a_full_checkpoint_every_epoch(build, tmp_path):
     path = str(tmp_path / "gan.keras")
     model = build()

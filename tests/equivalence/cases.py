@@ -124,7 +124,6 @@ MODES = [
             "dense": "has no embedding",
             "AdaptiveClipping": "a row of an embedding is a unit, one of a weight is not",
         },
-        everyday=True,
     ),
     Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}, leaves_out=_OF_PARTS),
     Mode(

@@ -335,7 +335,13 @@ def _outcome(kit, case):
     return outcome
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name == "jit_compile" else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_without_hooks_it_is_keras_model(case):
     expected = _outcome(STOCK, case)
     found = _outcome(OURS, case)

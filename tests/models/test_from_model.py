@@ -56,7 +56,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("functional", "subclass") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_it_shares_weights_and_trains_like_the_original(name):
     def trained(convert):
         support.begin()

@@ -233,6 +233,7 @@ def test_checkpoint_of_the_best_epoch(tmp_path):
     assert int(loaded.optimizer.iterations) == 3 * (int(np.argmin(losses)) + 1)
 
 
+@pytest.mark.slow
 def test_fit_that_is_killed_goes_on_to_the_bit(tmp_path):
     class Kill(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

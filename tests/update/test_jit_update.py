@@ -42,7 +42,13 @@ def assert_close(one, other, atol=1e-6):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "nadam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adam",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd", "adamw", "rmsprop", "nadam")),
+    ],
+)
 def test_without_hooks_it_is_stock_keras_to_1e_6(optimizer):
     stock = fit(make("auto", optimizer, cls=keras.Model))
     assert_close(fit(make("update", optimizer)), stock)

@@ -74,7 +74,13 @@ def _fit(model, epochs, *callbacks, **options):
 PLAN = ["", "a norm", "a b norm", "", "c", ""]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        name if name in ("SGD", "AdamW") else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_frozen_values_and_slots_stay_and_come_back(optimizer):
     """Each epoch against the same updates by hand, the optimizer applied to some only."""
     model = _model(optimizer=OPTIMIZERS[optimizer]())
