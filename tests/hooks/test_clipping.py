@@ -1,4 +1,4 @@
-"""Clipping against the worked numbers of SEMANTICS.md and float64 NumPy."""
+"""Clipping against worked numbers and float64 NumPy."""
 
 import keras
 import numpy as np
