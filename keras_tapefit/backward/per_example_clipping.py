@@ -15,11 +15,10 @@ from keras_tapefit.backward.base import (
     GradientMethod,
     LiveNumber,
     Objective,
-    check_count,
-    check_integer,
     register,
 )
 from keras_tapefit.gradients import Gradients, draws
+from keras_tapefit.gradients.checks import check_count, check_integer
 from keras_tapefit.gradients.norms import rows_norm, wide
 from keras_tapefit.gradients.sparse import to_dense
 

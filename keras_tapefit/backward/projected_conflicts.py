@@ -11,10 +11,10 @@ from keras_tapefit.backward.base import (
     Batch,
     GradientMethod,
     Objective,
-    check_integer,
     register,
 )
 from keras_tapefit.gradients import Gradients, draws
+from keras_tapefit.gradients.checks import check_integer
 from keras_tapefit.gradients.norms import joint_norm
 from keras_tapefit.gradients.sparse import to_dense
 

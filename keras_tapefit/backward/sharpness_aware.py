@@ -12,11 +12,10 @@ from keras_tapefit.backward.base import (
     GradientMethod,
     LiveNumber,
     Objective,
-    check_bool,
-    check_count,
     register,
 )
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.checks import check_bool, check_count
 from keras_tapefit.gradients.norms import wide
 from keras_tapefit.gradients.sparse import to_dense
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_tapefit.callbacks.reader import RecordReader, check_bool, column_names
+from keras_tapefit.callbacks.reader import RecordReader, column_names
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
 

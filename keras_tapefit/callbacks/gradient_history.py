@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from keras_tapefit.callbacks.diagnosis import Report, diagnose
-from keras_tapefit.callbacks.reader import RecordReader, check_bool, column_names
+from keras_tapefit.callbacks.reader import RecordReader, column_names
 from keras_tapefit.gradients import Targets, matching
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.models.runtime import runtime_of
 from keras_tapefit.update.records import Records

@@ -11,10 +11,10 @@ import tensorflow as tf
 from keras_tapefit.callbacks.gradient_csv import _is_chief
 from keras_tapefit.callbacks.reader import (
     RecordReader,
-    check_bool,
     check_interval,
     column_names,
 )
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
 

@@ -142,13 +142,6 @@ def column_names(records: Records, request: RecordRequest) -> list[str]:
     return wanted
 
 
-def check_bool(name: str, value: Any) -> bool:
-    """Returns `value`, or raises `TypeError` where it is no bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
-    return value
-
-
 def check_interval(name: str, value: Any, minimum: int) -> int:
     """Returns `value`, or raises where it is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, int):

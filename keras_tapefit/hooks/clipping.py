@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.norms import axes_norm, joint_norm, wide
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
@@ -92,10 +93,8 @@ class NormClipping(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        if not isinstance(per_layer, bool):
-            raise TypeError(f"`per_layer` must be a bool. Received: per_layer={per_layer!r}.")
         self.max_norm = max_norm
-        self.per_layer = per_layer
+        self.per_layer = check_bool("per_layer", per_layer)
 
     def apply(self, gradients: Gradients) -> Gradients:
         max_norm = self.max_norm

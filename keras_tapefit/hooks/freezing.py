@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from keras_tapefit.gradients import Gradients, Targets, matching
+from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
-from keras_tapefit.hooks.statistics import check_positive_integer
 
 
 class FreezingSchedule(GradientHook):
@@ -157,7 +157,7 @@ class GradualUnfreezing(FreezingSchedule):
             )
         for stage in stages:
             check_targets(stage)
-        check_positive_integer("every", every)
+        check_count("every", every)
         self.stages = stages
         self.every = every
 

@@ -6,10 +6,11 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets, variable_path
+from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.gradients.sparse import values_of
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.statistics import Moments, check_positive_integer
+from keras_tapefit.hooks.statistics import Moments
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -50,7 +51,7 @@ class SkipNonFinite(GradientHook):
     ) -> None:
         super().__init__(targets=targets, name=name)
         if max_consecutive is not None:
-            check_positive_integer("max_consecutive", max_consecutive)
+            check_count("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
 
     def build(self, variables: Any) -> None:
@@ -168,8 +169,8 @@ class SkipSpikes(GradientHook):
             raise ValueError(
                 f"`monitor` must be 'gradient_norm' or 'loss'. Received: monitor={monitor!r}."
             )
-        check_positive_integer("num_warmup_steps", num_warmup_steps)
-        check_positive_integer("patience", patience)
+        check_count("num_warmup_steps", num_warmup_steps)
+        check_count("patience", patience)
         self.max_zscore = max_zscore
         self.monitor = monitor
         self.momentum = momentum

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets, variable_path
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.norms import joint_norm
 from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks.base import GradientHook
@@ -67,8 +68,8 @@ class GradientMonitor(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        _check_bool("per_variable", per_variable)
-        _check_bool("validation", validation)
+        check_bool("per_variable", per_variable)
+        check_bool("validation", validation)
         self.per_variable = per_variable
         self.validation = self.watches_validation = validation
 
@@ -141,7 +142,7 @@ class UpdateMonitor(GradientHook):
         self, per_variable: bool = False, targets: Targets = None, name: str | None = None
     ) -> None:
         super().__init__(targets=targets, name=name)
-        _check_bool("per_variable", per_variable)
+        check_bool("per_variable", per_variable)
         self.per_variable = per_variable
 
     def apply(self, gradients: Gradients) -> Gradients:
@@ -155,11 +156,6 @@ class UpdateMonitor(GradientHook):
         if self.per_variable:
             for variable, change, old in zip(variables, changes, before, strict=True):
                 self.report(f"{entry}/{variable_path(variable)}", _ratio([change], [old]))
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
 
 
 def _cosine(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -59,11 +59,3 @@ class Moments:
         self._mean.assign(tf.where(when, new_mean, mean))
         self._variance.assign(tf.where(when, new_variance, variance))
         self._count.assign(tf.where(when, new_count, self._count.value))
-
-
-def check_positive_integer(name: str, value: object) -> None:
-    """Raises where an argument is no integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")

@@ -8,9 +8,10 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
+from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.statistics import Moments, check_positive_integer
+from keras_tapefit.hooks.statistics import Moments
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -54,7 +55,7 @@ class PercentileClipping(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        check_positive_integer("history", history)
+        check_count("history", history)
         self.percentile = percentile
         self.history = history
 
@@ -132,7 +133,7 @@ class ZScoreClipping(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        check_positive_integer("num_warmup_steps", num_warmup_steps)
+        check_count("num_warmup_steps", num_warmup_steps)
         self.max_zscore = max_zscore
         self.momentum = momentum
         self.num_warmup_steps = num_warmup_steps
