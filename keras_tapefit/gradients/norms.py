@@ -27,7 +27,7 @@ def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     Returns:
         A scalar: float32, or float64 when any of the values is.
     """
-    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    dtype = _common_dtype(values)
     if not values:
         return tf.zeros((), dtype)
     values = [tf.cast(value, dtype) for value in values]
@@ -51,7 +51,7 @@ def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
     Returns:
         A vector: float32, or float64 when any of the values is.
     """
-    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    dtype = _common_dtype(values)
     if not values:
         return tf.zeros(0, dtype)
     values = [tf.cast(value, dtype) for value in values]
@@ -70,6 +70,10 @@ def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
 
 # The sums of squares that lost nothing, and a factor that brings all others there.
 _RANGES = {tf.float32: (1e-30, 1e38, 2.0**96), tf.float64: (1e-280, 1e300, 2.0**560)}
+
+
+def _common_dtype(values: Sequence[tf.Tensor]) -> tf.DType:
+    return tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
 
 
 class _Mode(threading.local):
@@ -107,7 +111,7 @@ def rows_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     Returns:
         A vector of length `num_rows`: float32, or float64 when any of the values is.
     """
-    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    dtype = _common_dtype(values)
     values = [tf.cast(value, dtype) for value in values]
     low, high, _ = _RANGES[dtype]
     squares = tf.add_n([tf.reduce_sum(tf.square(value), axis=1) for value in values])

@@ -86,8 +86,7 @@ class Runtime:
             if self.hooks:
                 self.hooks.prepare(variables, self.unit, self._owner)
                 self.state.restore_pending()
-                if self._reports is None:
-                    self._reports = Reports(128 + 4 * len(variables))
+                self.make_reports()
             if self.recording.prepare(variables, self.model.steps_per_execution):
                 self.state.restore_pending()
         if own:
@@ -135,7 +134,7 @@ class Runtime:
 
     @property
     def reports(self) -> Reports:
-        """The log entries of the epoch; there is none before `prepare`."""
+        """The log entries of the epoch."""
         return self.make_reports()
 
     def make_reports(self) -> Reports:
@@ -202,10 +201,7 @@ class Runtime:
         watch: Watch | None = None,
     ) -> Outcome:
         """Takes gradients to the weights, through the hooks."""
-        if optimizer is getattr(self.model, "optimizer", None):
-            self.prepare(optimizer)
-        else:
-            self.prepare()
+        self.prepare(optimizer)
         make = update_compiled if self.jit_compile == "update" else update
         return make(gradients, optimizer, self.hooks, scaled, loss, parts, watch)
 

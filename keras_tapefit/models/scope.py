@@ -83,15 +83,15 @@ class StepScope:
             parts = None if parts is None else (*parts, share)
             return runtime.update(gradients, optimizer, scaled, self.loss, parts, watch)
         weight = tf.constant(1.0) if self.weight is None else self.weight
-        runtime.prepare(optimizer)
         window.missing = [g is None for g in gradients.values()]
         step = (gradients, optimizer, runtime.hooks, scaled, window, weight)
         return accumulate(*step, self.settle, self.loss, watch)
 
     def settle(self, make_update: Callable[[], Outcome]) -> None:
         """Makes the update of a window of accumulated gradients, inside its branch."""
-        hook_state = [v for v in self.runtime.hook_variables()]
-        rollback = Rollback(hook_state) if self.runtime.may_reject() else None
+        rollback = None
+        if self.runtime.may_reject():
+            rollback = Rollback(self.runtime.hook_variables())
         outcome = make_update()
         if rollback is not None and outcome.accepted is not None:
             rollback.restore_unless(outcome.accepted)

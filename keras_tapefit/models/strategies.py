@@ -56,9 +56,7 @@ def check_scope(model: Any, with_model: bool = True) -> None:
 
 def needs_own_function(model: Any) -> bool:
     """Whether Keras's own function for an execution fails for this model."""
-    strategy = keras_trainer.strategy_of(model)
-    several = strategy is not None and strategy.num_replicas_in_sync > 1
-    return has_workers(model) or (several and model.steps_per_execution > 1)
+    return has_workers(model) or (_has_replicas(model) and model.steps_per_execution > 1)
 
 
 def needs_own_build(model: Any) -> bool:
@@ -66,8 +64,12 @@ def needs_own_build(model: Any) -> bool:
 
     It fails where their shares are not alike, and where they are on several machines.
     """
+    return has_workers(model) or _has_replicas(model)
+
+
+def _has_replicas(model: Any) -> bool:
     strategy = keras_trainer.strategy_of(model)
-    return has_workers(model) or (strategy is not None and strategy.num_replicas_in_sync > 1)
+    return strategy is not None and strategy.num_replicas_in_sync > 1
 
 
 def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:

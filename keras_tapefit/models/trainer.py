@@ -159,9 +159,7 @@ class TapeTrainer:
     def make_train_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `fit` calls; see `keras.Model.make_train_function`."""
         if self.train_function is None or force:
-            step = getattr(self.train_step, "__func__", None)
-            own_step = step is not TapeTrainer.train_step
-            self.train_function = TrainFunction(self, runtime_of(self), own_step)
+            self.train_function = TrainFunction(self, runtime_of(self), _has_own_step(self))
         elif isinstance(self.train_function, TrainFunction):
             self.train_function.refresh()
         if self.built:
@@ -185,11 +183,10 @@ class TapeTrainer:
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        if runtime_of(self).shared is not None and iterator is not None:
-            own_step = getattr(self.train_step, "__func__", None) is not TapeTrainer.train_step
-            if not own_step:
-                # Before the first trace, which may be another model's.
-                keras_trainer.build_from_spec(self, iterator)
+        shares = runtime_of(self).shared is not None and not _has_own_step(self)
+        if shares and iterator is not None:
+            # Before the first trace, which may be another model's.
+            keras_trainer.build_from_spec(self, iterator)
         if iterator is None or not strategies.needs_own_build(self):
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
             return
@@ -395,6 +392,10 @@ class TapeTrainer:
         ```
         """
         _set_trainable(self, targets, True)
+
+
+def _has_own_step(model: Any) -> bool:
+    return getattr(model.train_step, "__func__", None) is not TapeTrainer.train_step
 
 
 def _update(

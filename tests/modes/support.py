@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers
 from keras.src.optimizers.multi_optimizer import OptimizerMap
 
-from keras_tapefit import TapeModel
+from keras_tapefit import TapeModel, hooks
 
 BATCH_SIZE = 12
 NUM_EXAMPLES = 48
@@ -74,6 +74,16 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 def sensitive(gradient: Any, variable: Any) -> Any:
     """Not linear: a wrong factor shows with every optimizer."""
     return gradient * (1.0 + 0.3 * tf.norm(gradient))
+
+
+def sensitive_hooks() -> list[Any]:
+    """They see the mean of all parts: of each part they would make something else."""
+    return [
+        hooks.GradientMonitor(),
+        sensitive,
+        hooks.GlobalNormClipping(0.8),
+        hooks.GradientNoise(0.05, seed=3),
+    ]
 
 
 def dense(model_class: Any = TapeModel) -> Any:

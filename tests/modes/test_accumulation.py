@@ -37,16 +37,6 @@ OPTIMIZERS = {
 }
 
 
-def _hooks():
-    """They see the mean of the window: of its parts they would make something else."""
-    return [
-        hooks.GradientMonitor(),
-        support.sensitive,
-        hooks.GlobalNormClipping(0.8),
-        hooks.GradientNoise(0.05, seed=3),
-    ]
-
-
 @functools.cache
 def _big(optimizer, model="embedding", batch_size=3 * SMALL, num_examples=48):
     return trained(
@@ -55,7 +45,7 @@ def _big(optimizer, model="embedding", batch_size=3 * SMALL, num_examples=48):
         batch_size=batch_size,
         epochs=2,
         num_examples=num_examples,
-        gradient_hooks=_hooks(),
+        gradient_hooks=support.sensitive_hooks(),
     )
 
 
@@ -66,7 +56,7 @@ def _accumulated(optimizer, num_steps=3, num_replicas=1, model="embedding", **op
         num_replicas,
         batch_size=SMALL,
         epochs=2,
-        **{"gradient_hooks": _hooks(), **options},
+        **{"gradient_hooks": support.sensitive_hooks(), **options},
     )
 
 

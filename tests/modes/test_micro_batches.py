@@ -8,19 +8,10 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_tapefit import TapeModel, backward, hooks
+from keras_tapefit import TapeModel, backward
 
 from . import support
 from .support import OPTIMIZERS, X, Y, assert_replicas_agree, difference, trained
-
-
-def _hooks():
-    return [
-        hooks.GradientMonitor(),
-        support.sensitive,
-        hooks.GlobalNormClipping(0.8),
-        hooks.GradientNoise(0.05, seed=3),
-    ]
 
 
 @functools.cache
@@ -32,7 +23,7 @@ def _whole(model, optimizer, batch_size=support.BATCH_SIZE, num_examples=48, num
         batch_size=batch_size,
         num_examples=num_examples,
         metrics=["mae"],
-        gradient_hooks=_hooks(),
+        gradient_hooks=support.sensitive_hooks(),
     )
 
 
@@ -42,7 +33,7 @@ def _in_parts(model, optimizer, micro_batches, num_replicas=1, **options):
         OPTIMIZERS[optimizer],
         num_replicas,
         metrics=["mae"],
-        gradient_hooks=_hooks(),
+        gradient_hooks=support.sensitive_hooks(),
         micro_batches=micro_batches,
         **options,
     )
