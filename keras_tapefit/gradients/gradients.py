@@ -65,7 +65,7 @@ class Gradients:
         self._unique_rows = unique_rows or not any(
             isinstance(g, tf.IndexedSlices) for g in self._values
         )
-        self._norm_cache: tuple[Any, tf.Tensor] | None = None
+        self._norm_cache: tuple[Any, tuple[tf.Tensor, tf.Tensor]] | None = None
 
     @property
     def variables(self) -> list[Any]:
@@ -228,9 +228,13 @@ class Gradients:
         tiny finite gradients overflow or underflow. It is computed once, however
         often it is asked for.
         """
+        return self._norm_and_finite()[0]
+
+    def _norm_and_finite(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the global norm, and whether all is finite, from one look at the values."""
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._norm_cache is None or self._norm_cache[0] is not graph:
-            self._norm_cache = (graph, _norms.joint_norm(self._dense_values()))
+            self._norm_cache = (graph, _norms.joint_norm_and_finite(self._dense_values()))
         return self._norm_cache[1]
 
     def norms(self) -> dict[str, tf.Tensor]:

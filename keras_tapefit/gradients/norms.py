@@ -17,29 +17,45 @@ def wide(value: tf.Tensor) -> tf.Tensor:
 def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns `sqrt(Σ x²)` over all elements of all tensors.
 
-    The plain sum of squares is taken first. Where it left the range in which it is
-    exact, and only there, the sum is taken again over values multiplied by a power of
-    two. Infinite elements give inf, NaN gives NaN.
-
     Args:
         values: floating-point tensors of any shapes. Empty: the norm is 0.
 
     Returns:
         A scalar: float32, or float64 when any of the values is.
     """
+    return joint_norm_and_finite(values)[0]
+
+
+def joint_norm_and_finite(values: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns `sqrt(Σ x²)` over all elements of all tensors, and whether all are finite.
+
+    The plain sum of squares is taken first. Where it left the range in which it is
+    exact, and only there, the sum is taken again over values multiplied by a power of
+    two, where it is finite if they are. The norm is inf where it is too large for its
+    type or an element is infinite, and NaN where an element is.
+
+    Args:
+        values: floating-point tensors of any shapes. Empty: the norm is 0.
+
+    Returns:
+        Two scalars: the norm, float32, or float64 when any of the values is; and a bool.
+    """
     dtype = _common_dtype(values)
     if not values:
-        return tf.zeros((), dtype)
+        return tf.zeros((), dtype), tf.constant(True)
     values = [tf.cast(value, dtype) for value in values]
     low, high, power = _RANGES[dtype]
     squares = _sum_of_squares(values)
 
-    def scaled() -> tf.Tensor:
-        factor = tf.where(squares < 1.0, tf.constant(power, dtype), 1.0 / power)
-        return tf.sqrt(_sum_of_squares([v * factor for v in values])) / factor
+    def plain() -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.sqrt(squares), tf.constant(True)
 
-    safe = (squares > low) & (squares < high)
-    return tf.cond(safe, lambda: tf.sqrt(squares), scaled)
+    def scaled() -> tuple[tf.Tensor, tf.Tensor]:
+        factor = tf.where(squares < 1.0, tf.constant(power, dtype), 1.0 / power)
+        again = _sum_of_squares([v * factor for v in values])
+        return tf.sqrt(again) / factor, tf.math.is_finite(again)
+
+    return tf.cond((squares > low) & (squares < high), plain, scaled)
 
 
 def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:

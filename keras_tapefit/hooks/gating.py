@@ -50,9 +50,19 @@ class SkipNonFinite(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        if max_consecutive is not None:
-            check_count("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
+
+    @property
+    def max_consecutive(self) -> int | None:
+        """After how many skipped steps in a row `fit` stops; `None`: never."""
+        return self._max_consecutive
+
+    @max_consecutive.setter
+    def max_consecutive(self, value: int | None) -> None:
+        if value is not None:
+            check_count("max_consecutive", value)
+        self._max_consecutive = value
+        self._structure += 1
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:
@@ -69,32 +79,31 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        culprits = tf.constant([self.place(v) for _, v in present], tf.int64)
-        last = culprits[-1]
-
-        def look() -> tuple[tf.Tensor, tf.Tensor]:
-            finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
-            # Not `argmin`: with it in the program, XLA on CPUs has reads of weights after
-            # the update give what was before it.
-            return ~tf.reduce_all(finite), tf.reduce_min(tf.where(finite, last, culprits))
-
-        # A finite norm has finite parts only; it is there already where another hook asks.
-        fine = tf.math.is_finite(gradients.global_norm())
-        bad, culprit = tf.cond(fine, lambda: (tf.constant(False), culprits[0]), look)
-        begins = bad & (self._consecutive.value == 0)
-        self._first_variable.assign(tf.where(begins, culprit, self._first_variable.value))
-        self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
-        self._consecutive.assign(tf.where(bad, self._consecutive.value + 1, self._kept()))
+        bad = ~gradients._norm_and_finite()[1]
+        if self.max_consecutive is not None:
+            self._count(bad, present)
         self._seen.assign(self._seen.value + 1)
         self.skip_step(bad)
         return gradients
 
-    def _kept(self) -> tf.Tensor:
-        """The count after a good step: one that stops `fit` stays until it is looked at."""
+    def _count(self, bad: tf.Tensor, present: list[Any]) -> None:
+        culprits = tf.constant([self.place(v) for _, v in present], tf.int64)
+        last = culprits[-1]
+
+        def look() -> tf.Tensor:
+            finite = tf.stack([tf.reduce_all(tf.math.is_finite(values_of(g))) for g, _ in present])
+            # Not `argmin`: with it in the program, XLA on CPUs has reads of weights after
+            # the update give what was before it.
+            return tf.reduce_min(tf.where(finite, last, culprits))
+
         count = tf.convert_to_tensor(self._consecutive.value)
-        if self.max_consecutive is None:
-            return tf.zeros_like(count)
-        return tf.where(count >= self.max_consecutive, count, 0)
+        begins = bad & (count == 0)
+        first = tf.cond(begins, look, lambda: self._first_variable.value)
+        self._first_variable.assign(first)
+        self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
+        # A count that stops `fit` stays until it is looked at.
+        kept = tf.where(count >= self._max_consecutive, count, 0)
+        self._consecutive.assign(tf.where(bad, count + 1, kept))
 
     def check_state(self) -> None:
         if self.max_consecutive is None or self._built_for is None:

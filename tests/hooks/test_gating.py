@@ -139,6 +139,26 @@ def test_a_run_of_bad_steps_inside_one_execution_stops_it_too(two_layers):
         two_layers.fit(x, y, batch_size=4, shuffle=False, verbose=0)
 
 
+def test_max_consecutive_can_be_set_between_steps():
+    model = _model()
+    model.train_on_batch(*GOOD_1)
+    with pytest.raises(ValueError, match="`max_consecutive` must be at least 1"):
+        model.gradient_hooks[0].max_consecutive = 0
+    model.gradient_hooks[0].max_consecutive = 1
+    model.train_on_batch(*GOOD_2)
+    with pytest.raises(FloatingPointError, match="gradients of 1 steps .* at step 2 "):
+        model.train_on_batch(*BAD_TARGET)
+    model.gradient_hooks[0].max_consecutive = None
+    model.train_on_batch(*BAD_TARGET)
+
+
+@pytest.mark.parametrize("value", [3.4e38, 1e-38, 0.0])
+def test_finite_gradients_of_any_size_are_no_reason_to_skip(bench, value):
+    run = bench(hooks.SkipNonFinite(), [(3,), (2,)])
+    run(np.full(3, value, "float32"), np.full(2, -value, "float32"))
+    assert not run.rejected
+
+
 def test_skip_non_finite_looks_at_its_targets_only(bench):
     run = bench(hooks.SkipNonFinite(targets="v0"), [(1,), (1,)])
     run([1.0], [np.nan])

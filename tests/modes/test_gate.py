@@ -180,7 +180,9 @@ def test_carried_states_are_put_back():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("make", [lambda: hooks.SkipNonFinite(), lambda: hooks.GradientNoise(0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda: hooks.SkipNonFinite(max_consecutive=2), lambda: hooks.GradientNoise(0.1)]
+)
 def test_a_variable_outside_the_model_is_named(make):
     """Hooks that keep something for each variable cannot know it."""
     model = support.dense()
