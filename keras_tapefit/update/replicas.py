@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
@@ -49,7 +50,10 @@ def all_true(value: tf.Tensor) -> tf.Tensor:
 
 
 def when(
-    predicate: tf.Tensor, fn: Callable[[Sequence[Any]], None], arguments: Sequence[Any]
+    predicate: tf.Tensor,
+    fn: Callable[[Sequence[Any]], None],
+    arguments: Sequence[Any],
+    of_one_cpu: bool = False,
 ) -> None:
     """Calls `fn(arguments)` where `predicate` is true, in a branch.
 
@@ -57,27 +61,51 @@ def when(
         predicate: scalar bool, the same on every replica.
         fn: updates variables; it may synchronise replicas, as optimizers do.
         arguments: tensors or `tf.IndexedSlices`, those of this replica.
+        of_one_cpu: whether all variables that `fn` uses are on one CPU. The branch can
+            then be a function, which TensorFlow makes ready in far less time than a
+            branch that is taken apart.
     """
-
-    def branch(call: Callable[[], Any]) -> None:
-        def taken() -> tf.Tensor:
-            call()
-            return tf.constant(0)
-
-        tf.cond(predicate, taken, lambda: tf.constant(0))
-
     if count() == 1:
-        branch(lambda: fn(arguments))
+        if of_one_cpu and not tf.executing_eagerly():
+            _call_when(predicate, lambda: fn(arguments))
+        else:
+            tf.cond(predicate, _and_zero(lambda: fn(arguments)), lambda: tf.constant(0))
         return
 
     def across(strategy: Any, predicates: Any, arguments: Any) -> None:
         # A branch inside one replica may not synchronise; one around all of them may.
         verdict = strategy.experimental_local_results(predicates)[0]
-
-        def taken() -> tf.Tensor:
-            strategy.run(fn, args=(arguments,))
-            return tf.constant(0)
-
-        tf.cond(verdict, taken, lambda: tf.constant(0))
+        run = _and_zero(lambda: strategy.run(fn, args=(arguments,)))
+        tf.cond(verdict, run, lambda: tf.constant(0))
 
     tf.distribute.get_replica_context().merge_call(across, args=(predicate, list(arguments)))
+
+
+def _and_zero(call: Callable[[], Any]) -> Callable[[], tf.Tensor]:
+    """Returns what calls a function; a branch has to have a result."""
+
+    def branch() -> tf.Tensor:
+        call()
+        return tf.constant(0)
+
+    return branch
+
+
+def _call_when(predicate: tf.Tensor, call: Callable[[], Any]) -> None:
+    """Does what `tf.cond` does; each branch stays a function."""
+    taken = tf.function(_and_zero(call), autograph=False).get_concrete_function()
+    inputs = taken.captured_inputs
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
+    idle = tf.function(lambda *_: tf.constant(0), autograph=False).get_concrete_function(*specs)
+    tf.raw_ops.If(
+        cond=predicate, input=inputs, Tout=[tf.int32], then_branch=taken, else_branch=idle
+    )
+
+
+def on_one_cpu(variables: Sequence[Any]) -> bool:
+    """Returns whether variables are on one device, a CPU, and no other kind is there."""
+    kinds = {device.device_type for device in tf.config.list_logical_devices()}
+    if tf.distribute.has_strategy() or kinds != {"CPU"}:
+        return False
+    values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+    return len({value.device for value in values}) == 1

@@ -254,7 +254,8 @@ def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> 
     if admitted is None:
         apply(values)
     else:
-        replicas.when(admitted, apply, values)
+        used = [*optimizer.variables, *gradients.variables]
+        replicas.when(admitted, apply, values, replicas.on_one_cpu(used))
 
 
 def _applying(
