@@ -22,7 +22,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Whose private names and modules are meant.
 OTHERS = ("keras.src", "keras_tuner.src", "tensorflow.python")
 # Public names of Python that look private.
-PUBLIC = {"_replace", "_getframe"}
+PUBLIC = {"_replace", "_getframe", "_current_frames"}
 
 
 def room_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import keras_tuner
 
 from keras_tapefit.models import TapeModel
 from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.tuning import garbage
 from keras_tapefit.tuning.search_space import PARTS, gradient_hooks, gradient_method
 from keras_tapefit.tuning.traces import TracePool
 
@@ -82,6 +83,8 @@ class TapeHyperModel(keras_tuner.HyperModel):
 
     def build(self, hp: Any) -> Any:
         """Builds a model for a trial."""
+        if self._pool is not None:
+            garbage.set_aside()
         model = self._function(hp)
         if not isinstance(model, keras.Model):
             return model

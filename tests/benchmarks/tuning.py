@@ -4,10 +4,11 @@
     python -m tests.benchmarks.tuning --only cnn        # one of them
     python -m tests.benchmarks.tuning --write docs/tune.md
 
-Stock is `keras.Model` with `global_clipnorm` in KerasTuner as it is. The searches run one
-after the other, each in a process of its own: what stock models leave behind makes every
-later collection of garbage slower. The fastest run of each side counts. With and without
-kept traces the trials must have the same scores.
+Stock is `keras.Model` with `global_clipnorm` in KerasTuner as it is. The searches run in
+turns, each in a process of its own: what stock models leave behind makes every later
+collection of garbage slower. Medians count. With and without kept traces the trials must
+have the same scores. `fit` alone is what no reuse can save: the epochs of all trials, run
+by one stock model that is traced already, without a tuner.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_tuner
+import numpy as np
 from sklearn.datasets import load_digits
 
 from keras_tapefit import TapeModel, hooks, tuning
 
 DIGITS = load_digits()
-SIDES = ("stock", "no reuse", "reuse", "reuse, frozen")
+FIT: dict[str, Any] = {
+    "x": DIGITS.data.astype("float32") / 16,
+    "y": DIGITS.target,
+    "validation_split": 0.2,
+    "batch_size": 64,
+    "verbose": 0,
+}
+SIDES = ("stock", "no reuse", "reuse", "fit alone")
 
 
 def dense(inputs: Any) -> Any:
@@ -86,7 +95,7 @@ class Search:
         body: the layers between inputs and outputs.
         tuner: the class of the tuner.
         options: its arguments.
-        fit: arguments of `search`.
+        fit: further arguments of `search`.
     """
 
     title: str
@@ -128,14 +137,13 @@ class Found:
         wall: time on the clock, in seconds.
         cpu: time of the processor.
         scores: the trials with their scores, the best first.
+        epochs: how many each trial ran.
     """
 
     wall: float
     cpu: float
-    scores: list[tuple[str, float]]
-
-    def __str__(self) -> str:
-        return f"{self.wall:.1f} s ({self.cpu:.1f})"
+    scores: list[tuple[str, float]] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
 
 
 def run(search: Search, side: str) -> Found:
@@ -143,11 +151,9 @@ def run(search: Search, side: str) -> Found:
     build: Any = build_function(search.body, stock=side == "stock")
     keras.utils.clear_session()
     gc.collect()
-    if side == "reuse, frozen":
-        gc.freeze()
     with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter(), time.process_time()
-        if side.startswith("reuse"):
+        if side == "reuse":
             build = tuning.TapeHyperModel(build, parts=())
         tuner = search.tuner(
             build,
@@ -156,38 +162,58 @@ def run(search: Search, side: str) -> Found:
             directory=directory,
             **search.options,
         )
-        x, y = DIGITS.data.astype("float32") / 16, DIGITS.target
-        tuner.search(x, y, validation_split=0.2, batch_size=64, verbose=0, **search.fit)
+        tuner.search(**FIT, **search.fit)
         wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
         trials = tuner.oracle.get_best_trials(len(tuner.oracle.trials))
-    gc.unfreeze()
-    return Found(wall, cpu, [(trial.trial_id, float(trial.score)) for trial in trials])
+    scores = [(trial.trial_id, float(trial.score)) for trial in trials]
+    return Found(wall, cpu, scores, [num_epochs(trial, search) for trial in trials])
 
 
-def run_apart(name: str, side: str) -> Found:
+def num_epochs(trial: Any, search: Search) -> int:
+    """Returns how many epochs a trial ran; Hyperband keeps that with its numbers."""
+    values = trial.hyperparameters.values
+    last = values.get("tuner/epochs", search.fit.get("epochs"))
+    return last - values.get("tuner/initial_epoch", 0)
+
+
+def run_fits(search: Search, epochs: list[int]) -> Found:
+    """Makes the `fit`s of a search with one stock model that is traced already."""
+    hp = keras_tuner.HyperParameters()
+    model = build_function(search.body, stock=True)(hp)
+    model.fit(**FIT)
+    begin = time.perf_counter(), time.process_time()
+    for number in epochs:
+        model.fit(**FIT, epochs=number)
+    return Found(time.perf_counter() - begin[0], time.process_time() - begin[1])
+
+
+def run_apart(name: str, side: str, epochs: list[int]) -> Found:
     """Makes a search in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.tuning", "--run", name, side]
+    command.append(json.dumps(epochs))
     return Found(**json.loads(subprocess.check_output(command).splitlines()[-1]))
 
 
 def row(name: str, rounds: int) -> str:
     """Times all sides of a search in turns and returns a row of the table."""
-    search = SEARCHES[name]
     runs: dict[str, list[Found]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            runs[side].append(run_apart(name, side))
-    found = {side: min(done, key=lambda f: f.wall) for side, done in runs.items()}
-    stock, without, reuse, frozen = found.values()
-    best = "yes" if stock.scores[0][0] == reuse.scores[0][0] else "no"
-    same = "yes" if without.scores == reuse.scores == frozen.scores else "no"
-    cells = [search.title, len(reuse.scores), stock, without, reuse, frozen]
-    cells += [f"{stock.wall / reuse.wall:.1f}, {stock.wall / frozen.wall:.1f}", best, same]
+            epochs = runs["reuse"][-1].epochs if side == SIDES[-1] else []
+            runs[side].append(run_apart(name, side, epochs))
+    times = [[(found.wall, found.cpu) for found in done] for done in runs.values()]
+    wall, cpu = np.moveaxis(times, -1, 0)
+    stock, without, reuse, _ = (done[0].scores for done in runs.values())
+    cells = [SEARCHES[name].title, len(reuse)]
+    cells += [f"{w:.1f} s ({c:.1f})" for w, c in zip(*np.median([wall, cpu], axis=2), strict=True)]
+    cells.append(f"{np.median(wall[0] / wall[2]):.1f}")
+    cells.append("yes" if stock[0][0] == reuse[0][0] else "no")
+    cells.append("yes" if without == reuse else "no")
     return f"| {' | '.join(map(str, cells))} |"
 
 
 HEAD = [
-    "| search | trials | stock | no reuse | reuse | reuse, `gc.freeze` | times faster than stock "
+    "| search | trials | stock | no reuse | reuse | `fit` alone | times faster than stock "
     "| best trial as stock | scores as without reuse |",
     "|---|---|---|---|---|---|---|---|---|",
 ]
@@ -196,15 +222,19 @@ HEAD = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SEARCHES, action="append", help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--write", type=Path, help="a page to put the table into")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        name, side = args.run
+        name, side, epochs = args.run
         # What a process pays once is no part of a search.
         run(replace(SEARCHES["dense"], options={"max_trials": 1}), side)
-        print(json.dumps(asdict(run(SEARCHES[name], side))))
+        if side == SIDES[-1]:
+            found = run_fits(SEARCHES[name], json.loads(epochs))
+        else:
+            found = run(SEARCHES[name], side)
+        print(json.dumps(asdict(found)))
         return
     rows = list(HEAD)
     for name in args.only or SEARCHES:
