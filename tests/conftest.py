@@ -24,6 +24,8 @@ def settle() -> None:
     That is all of TensorFlow, and what it keeps of every model. To look through it takes
     half a second each time, and `keras.utils.clear_session` alone does that.
     """
+    # What has become garbage since the last time goes first.
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

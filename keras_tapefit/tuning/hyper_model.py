@@ -23,7 +23,8 @@ class TapeHyperModel(keras_tuner.HyperModel):
     earlier one only in numbers that live in variables (initial weights and seeds, the
     learning rate, thresholds of hooks) trains with what was traced for that one. Its
     scores are bit for bit those without `reuse`; where equality of two models cannot be
-    shown, nothing is reused.
+    shown, nothing is reused. Collections of garbage pass over what was there before the
+    search while it runs, as `gc.freeze` has it.
 
     Args:
         build: takes `hp` and returns a compiled model; or a `keras_tuner.HyperModel`. A
