@@ -96,9 +96,13 @@ def _call_when(predicate: tf.Tensor, call: Callable[[], Any]) -> None:
     taken = tf.function(_and_zero(call), autograph=False).get_concrete_function()
     inputs = taken.captured_inputs
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
-    idle = tf.function(lambda *_: tf.constant(0), autograph=False).get_concrete_function(*specs)
+    idle = tf.function(lambda *given: tf.constant(0), autograph=False)
     tf.raw_ops.If(
-        cond=predicate, input=inputs, Tout=[tf.int32], then_branch=taken, else_branch=idle
+        cond=predicate,
+        input=inputs,
+        Tout=[tf.int32],
+        then_branch=taken,
+        else_branch=idle.get_concrete_function(*specs),
     )
 
 
