@@ -12,7 +12,7 @@ from keras_tapefit.callbacks.reader import RecordReader, column_names
 from keras_tapefit.gradients import Targets, matching
 from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.targets import check_targets
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
 

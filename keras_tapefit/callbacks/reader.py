@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tapefit.models.runtime import runtime_of
-from keras_tapefit.models.trainer import TapeTrainer
+from keras_tapefit.training.runtime import runtime_of
+from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
 

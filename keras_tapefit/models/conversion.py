@@ -6,11 +6,11 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.models import building, keras_trainer
 from keras_tapefit.models.functional import Functional
 from keras_tapefit.models.keras_models import KerasFunctional
 from keras_tapefit.models.model import TapeModel
 from keras_tapefit.models.sequential import Sequential
+from keras_tapefit.training import building, keras_trainer
 
 
 def convert(model: Any) -> TapeModel:

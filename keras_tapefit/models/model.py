@@ -7,8 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_tapefit.models import bare_variables, building, keras_models
-from keras_tapefit.models.trainer import TapeTrainer
+from keras_tapefit.models import keras_models
+from keras_tapefit.training import bare_variables, building
+from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update import loaded_optimizers
 
 

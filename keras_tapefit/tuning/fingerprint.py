@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import GradientMethod, LiveNumber
 from keras_tapefit.hooks import GradientHook, Number
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 
 _TRUSTED = ("keras.", "keras_tapefit.", "tensorflow.", "numpy.", "optree.", "ml_dtypes.")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))

@@ -9,7 +9,7 @@ import keras
 import keras_tuner
 
 from keras_tapefit.models import TapeModel
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.tuning import garbage
 from keras_tapefit.tuning.search_space import PARTS, gradient_hooks, gradient_method
 from keras_tapefit.tuning.traces import TracePool

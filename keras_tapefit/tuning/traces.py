@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.tuning.fingerprint import Fingerprint, Incomparable, Slot
 
 # What a trace may do beside computing: use variables and take batches. Random numbers of
@@ -162,7 +162,7 @@ class TracePool:
 
 
 class Tenancy:
-    """The traces that one model uses; see `keras_tapefit.models.shared.SharedTraces`."""
+    """The traces that one model uses; see `keras_tapefit.training.shared.SharedTraces`."""
 
     def __init__(self, pool: TracePool) -> None:
         self._pool = pool

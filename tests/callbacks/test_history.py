@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_tapefit import TapeModel, callbacks, hooks
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 
 from . import support
 from .support import PATHS

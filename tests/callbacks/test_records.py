@@ -10,7 +10,7 @@ from keras import layers
 
 from keras_tapefit import TapeModel, callbacks, hooks
 from keras_tapefit.callbacks.reader import RecordReader
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.update.watch import RecordRequest, _histogram
 
 from . import support

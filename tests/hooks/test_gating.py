@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_tapefit import TapeSequential, hooks
-from keras_tapefit.models.runtime import runtime_of
+from keras_tapefit.training.runtime import runtime_of
 
 RNG = np.random.default_rng(17)
 X = RNG.normal(size=(24, 4)).astype("float32")

@@ -10,10 +10,10 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.hooks import order_findings
-from keras_tapefit.models import building, own_steps, strategies
-from keras_tapefit.models.runtime import Runtime
-from keras_tapefit.models.scope import StepScope, step_scope
-from keras_tapefit.models.shared import StaleTrace, TracedFunction, check_user, place
+from keras_tapefit.training import building, custom_steps, strategies
+from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.scope import StepScope, step_scope
+from keras_tapefit.training.shared import StaleTrace, TracedFunction, check_user, place
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.trainable import Flags
 
@@ -100,7 +100,7 @@ class TrainFunction(TracedFunction):
         if self._runtime.candidates():
             # Made before replicas run, which cannot make it.
             self._runtime.make_reports()
-        return own_steps.listening(self._runtime)
+        return custom_steps.listening(self._runtime)
 
     def _warn_of_order(self) -> None:
         runtime = self._runtime
@@ -138,13 +138,13 @@ class TrainFunction(TracedFunction):
             check_user(self._runtime.shared, self._model, is_shared)
             with step_scope(self._runtime) as scope:
                 if self._own_step:
-                    scope.weight = tf.cast(own_steps.batch_size(data), tf.float32)
+                    scope.weight = tf.cast(custom_steps.batch_size(data), tf.float32)
                 logs = self._model.train_step(data)
-                logs = scope.finish(own_steps.complete_logs(scope, logs, data))
+                logs = scope.finish(custom_steps.complete_logs(scope, logs, data))
             names[:] = scope.all_report_names()
             _warn_if_passed_over(self._runtime, scope)
-            own_steps.warn_of_scale(scope)
-            own_steps.check_accumulation(scope)
+            custom_steps.warn_of_scale(scope)
+            custom_steps.check_accumulation(scope)
             if not isinstance(logs, dict) or not names:
                 return logs
             return {**logs, **self._runtime.reports.results(names)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from keras_tapefit.models.runtime import Runtime
-from keras_tapefit.models.scope import StepScope
+from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.scope import StepScope
 from keras_tapefit.update.update import close
 
 

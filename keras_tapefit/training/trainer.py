@@ -15,13 +15,19 @@ from keras_tapefit.backward.base import check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
-from keras_tapefit.models import building, compile_arguments, keras_trainer, strategies, validation
-from keras_tapefit.models.objective import ModelObjective
-from keras_tapefit.models.runtime import Runtime, runtime_of
-from keras_tapefit.models.scope import StepScope, open_scope
-from keras_tapefit.models.tape import StepTape, prepare_optimizer
-from keras_tapefit.models.train_function import TestFunction, TrainFunction
-from keras_tapefit.models.window import flush_window
+from keras_tapefit.training import (
+    building,
+    compile_arguments,
+    keras_trainer,
+    strategies,
+    validation,
+)
+from keras_tapefit.training.objective import ModelObjective
+from keras_tapefit.training.runtime import Runtime, runtime_of
+from keras_tapefit.training.scope import StepScope, open_scope
+from keras_tapefit.training.tape import StepTape, prepare_optimizer
+from keras_tapefit.training.train_function import TestFunction, TrainFunction
+from keras_tapefit.training.window import flush_window
 from keras_tapefit.update import optimizers, replicas, trainable
 from keras_tapefit.update.rollback import Rollback
 

@@ -14,9 +14,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.hooks.step import Report
-from keras_tapefit.models import keras_trainer
-from keras_tapefit.models.runtime import Runtime
-from keras_tapefit.models.scope import StepScope, open_scope
+from keras_tapefit.training import keras_trainer
+from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.scope import StepScope, open_scope
 from keras_tapefit.update import optimizers, replicas
 
 

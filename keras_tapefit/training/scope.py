@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Report
-from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import replicas
 from keras_tapefit.update.records import StepRecord
 from keras_tapefit.update.rollback import Rollback

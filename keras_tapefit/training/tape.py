@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
-from keras_tapefit.models.runtime import Runtime
-from keras_tapefit.models.scope import StepScope, open_scope
+from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.scope import StepScope, open_scope
 from keras_tapefit.update import loaded_optimizers, optimizers
 
 

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import Batch
 from keras_tapefit.gradients import layers_of
-from keras_tapefit.models import keras_trainer
-from keras_tapefit.models.bare_variables import AdoptedVariable
-from keras_tapefit.models.runtime import runtime_of
-from keras_tapefit.models.scope import note_loss, note_parts
+from keras_tapefit.training import keras_trainer
+from keras_tapefit.training.bare_variables import AdoptedVariable
+from keras_tapefit.training.runtime import runtime_of
+from keras_tapefit.training.scope import note_loss, note_parts
 from keras_tapefit.update import optimizers, replicas, trainable
 
 

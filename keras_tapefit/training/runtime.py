@@ -13,10 +13,10 @@ from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.reports import Reports
-from keras_tapefit.models import keras_trainer
-from keras_tapefit.models.recording import Recording
-from keras_tapefit.models.saved_state import SavedState
-from keras_tapefit.models.shared import SharedTraces, TracedFunction
+from keras_tapefit.training import keras_trainer
+from keras_tapefit.training.recording import Recording
+from keras_tapefit.training.saved_state import SavedState
+from keras_tapefit.training.shared import SharedTraces, TracedFunction
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.accumulation import Accumulation
 from keras_tapefit.update.compiled import update_compiled

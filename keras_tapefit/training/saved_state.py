@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_tapefit.hooks import HookList
-from keras_tapefit.models.recording import Recording
+from keras_tapefit.training.recording import Recording
 
 
 class SavedState(keras.Operation):

@@ -13,8 +13,8 @@ from keras_tapefit.gradients import Targets, matching
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.hooks.hook_list import as_hook
-from keras_tapefit.models import keras_trainer
-from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.training import keras_trainer
+from keras_tapefit.training.runtime import Runtime
 
 
 def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:

@@ -9,9 +9,9 @@ import tensorflow as tf
 from keras_tapefit.backward.base import Batch
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Step
-from keras_tapefit.models import keras_trainer
-from keras_tapefit.models.objective import ModelObjective
-from keras_tapefit.models.runtime import Runtime
+from keras_tapefit.training import keras_trainer
+from keras_tapefit.training.objective import ModelObjective
+from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers, replicas
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tapefit.models import keras_trainer
+from keras_tapefit.training import keras_trainer
 from keras_tapefit.update import optimizers
 
 

@@ -1,0 +1,1 @@
+"""One training step, and the function that runs it."""
