@@ -223,6 +223,14 @@ class Gradients:
             merged[position] = value
         return self._with(merged, unique_rows=False)
 
+    def where(self, condition: tf.Tensor) -> Gradients:
+        """Returns these gradients where a scalar bool is true, else zeros: not 0 · NaN."""
+        chosen = [
+            _sparse.with_values(g, tf.where(condition, _sparse.values_of(g), 0))
+            for g in self.present()
+        ]
+        return self.with_present(chosen)
+
     def plus(self, other: Gradients) -> Gradients:
         """Adds the gradients of `other`, of the same variables in the same order."""
         sums = [_sparse.add(a, b) for a, b in zip(self._values, other._values, strict=True)]
