@@ -9,12 +9,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.hooks import order_findings
 from keras_tapefit.training import building, custom_steps, strategies
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.training.scope import StepScope, step_scope
 from keras_tapefit.training.shared import StaleTrace, TracedFunction, check_user, place
 from keras_tapefit.update import optimizers
+from keras_tapefit.update.order import order_findings
 from keras_tapefit.update.trainable import Flags
 
 
