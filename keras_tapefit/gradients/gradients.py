@@ -27,6 +27,49 @@ class VariablePath(str):
         return str(self)
 
 
+class ByVariable:
+    """A value for each of some variables, which no place in a list can mix up.
+
+    Args:
+        values: one for each variable.
+        variables: in the order of `values`.
+
+    Example:
+
+    ```python
+    states[variable]                     # of one variable
+    gradients.map(fn, states)            # of each, whichever are being trained now
+    ```
+    """
+
+    # By place is what this class is not: those of `build` are not those of `apply`.
+    __iter__ = None
+
+    def __init__(self, values: Sequence[Any], variables: Sequence[Any]) -> None:
+        self._values = dict(zip(map(id, variables), values, strict=True))
+
+    def __getitem__(self, variable: Any) -> Any:
+        """Returns the value of a variable.
+
+        Raises:
+            KeyError: when there is none.
+        """
+        if id(variable) not in self._values:
+            name = _targets.variable_path(variable) if _targets.is_variable(variable) else variable
+            raise KeyError(
+                f"There are values by variable, and none for {name!r}. Pass one of the "
+                "variables that `build` was given."
+            )
+        return self._values[id(variable)]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def values(self) -> list[Any]:
+        """All values, in the order in which they were given."""
+        return list(self._values.values())
+
+
 class Gradients:
     """The gradients of a model's variables: ordered, immutable, by variable or path.
 
@@ -142,7 +185,7 @@ class Gradients:
             fn: takes a gradient, and one element of each of `rest`, and returns a
                 tensor of the same shape.
             rest: sequences in the order of `variables` (`gradients.variables` itself,
-                say), or other `Gradients` of the same variables.
+                say), other `Gradients` of the same variables, or values `ByVariable`.
             keeps_zero: whether `fn` works on each row by itself and maps zero to zero;
                 one bool, or one a variable. A sparse gradient then stays sparse: `fn`
                 sees its rows, duplicates summed, and the same rows of variables in
@@ -150,6 +193,10 @@ class Gradients:
 
         Returns:
             New `Gradients` of the same variables.
+
+        Raises:
+            ValueError: when one of `rest` has more or fewer elements than there are
+                variables.
 
         Example:
 
@@ -160,7 +207,7 @@ class Gradients:
         """
         flags = [keeps_zero] * len(self) if isinstance(keeps_zero, bool) else keeps_zero
         source = self.with_unique_rows() if any(flags) else self
-        columns = [r.values() if isinstance(r, Gradients) else r for r in rest]
+        columns = [self._column(r) for r in rest]
 
         def mapped(gradient: Any, by_row: bool, *others: Any) -> Any:
             if gradient is None:
@@ -175,6 +222,19 @@ class Gradients:
 
         rows = zip(source._values, flags, *columns, strict=True)
         return source._with([mapped(*row) for row in rows])
+
+    def _column(self, values: Any) -> list[Any]:
+        if isinstance(values, ByVariable):
+            return [values[variable] for variable in self._variables]
+        column = values.values() if isinstance(values, Gradients) else list(values)
+        if len(column) != len(self):
+            raise ValueError(
+                f"`map` needs one element for each of the {len(self)} variables of these "
+                f"gradients, which are those being trained now. Received: {len(column)}. For "
+                "state of all variables, use `add_variables` in `build`, and pass what it "
+                "returns."
+            )
+        return column
 
     def scale(self, factor: Any) -> Gradients:
         """Multiplies every gradient by a scalar; sparse gradients stay sparse."""

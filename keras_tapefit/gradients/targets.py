@@ -67,7 +67,7 @@ def matching(targets: Targets, variables: Sequence[Any]) -> list[int]:
         if not found:
             paths = "\n  ".join(variable_path(v) for v in variables) or "(none)"
             raise ValueError(
-                f"The target {_describe(target)} matches no variable. Pass a layer or a "
+                f"The target {describe(target)} matches no variable. Pass a layer or a "
                 "variable of this model, or a glob on one of the paths there are:\n"
                 f"  {paths}"
             )
@@ -81,7 +81,8 @@ def _as_list(targets: Targets) -> list[Any]:
     return list(targets) if isinstance(targets, list | tuple) else [targets]
 
 
-def _describe(target: Any) -> str:
+def describe(target: Any) -> str:
+    """Returns a target as a message names it."""
     if isinstance(target, keras.layers.Layer):
         return f"layer {target.name!r}"
     if is_variable(target):
@@ -141,7 +142,7 @@ def serialize_targets(targets: Targets, variables: Sequence[Any] | None) -> Any:
     if isinstance(targets, keras.layers.Layer) or is_variable(targets):
         if variables is None:
             raise ValueError(
-                f"The target {_describe(targets)} can be saved only after the model is "
+                f"The target {describe(targets)} can be saved only after the model is "
                 "built and the hook belongs to it. Build the model first, or use a glob "
                 "on the variable's path."
             )

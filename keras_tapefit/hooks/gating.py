@@ -42,6 +42,7 @@ class SkipNonFinite(GradientHook):
     """
 
     may_skip_steps = True
+    keeps_state = ("max_consecutive",)
 
     def __init__(
         self,
@@ -50,25 +51,15 @@ class SkipNonFinite(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
+        if max_consecutive is not None:
+            check_count("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
-
-    @property
-    def max_consecutive(self) -> int | None:
-        """After how many skipped steps in a row `fit` stops; `None`: never."""
-        return self._max_consecutive
-
-    @max_consecutive.setter
-    def max_consecutive(self, value: int | None) -> None:
-        if value is not None:
-            check_count("max_consecutive", value)
-        self._max_consecutive = value
-        self._structure += 1
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:
             return self.add_variable(dtype="int64", name=name, kept_when_skipped=True)
 
-        self._watched = list(variables)
+        self._watched = [variable_path(variable) for variable in variables]
         self._consecutive = counter("consecutive")
         self._seen = counter("steps_seen")
         # Of the step that began the present run of skipped ones:
@@ -102,7 +93,7 @@ class SkipNonFinite(GradientHook):
         self._first_variable.assign(first)
         self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
         # A count that stops `fit` stays until it is looked at.
-        kept = tf.where(count >= self._max_consecutive, count, 0)
+        kept = tf.where(count >= self.max_consecutive, count, 0)
         self._consecutive.assign(tf.where(bad, count + 1, kept))
 
     def check_state(self) -> None:
@@ -111,7 +102,7 @@ class SkipNonFinite(GradientHook):
         consecutive = int(self._consecutive.numpy())
         if consecutive < self.max_consecutive:
             return
-        path = variable_path(self._watched[int(self._first_variable.numpy())])
+        path = self._watched[int(self._first_variable.numpy())]
         step = int(self._first_step.numpy())
         self._consecutive.assign(0)
         raise FloatingPointError(
@@ -160,6 +151,7 @@ class SkipSpikes(GradientHook):
     """
 
     may_skip_steps = True
+    keeps_state = ("patience",)
     max_zscore = Number(above=0)
     momentum = Number(minimum=0, maximum=1)
 
