@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
 import tensorflow as tf
@@ -135,6 +135,9 @@ class Objective(Protocol):
         """
 
 
+Method = TypeVar("Method", bound="GradientMethod")
+
+
 class GradientMethod:
     """Base class of the ways to get gradients: `compile(backward=...)`.
 
@@ -145,7 +148,7 @@ class GradientMethod:
     takes_parts: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> GradientMethod:
+    def __new__(cls: type[Method], *args: Any, **kwargs: Any) -> Method:
         self = super().__new__(cls)
         self._live = {}
         return self

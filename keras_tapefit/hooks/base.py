@@ -132,17 +132,28 @@ class GradientHook:
 
     def _assign(self, name: str, value: Any) -> None:
         """Gives an argument of a hook in use another value, as if it were made with it."""
-        made = type(self)(**{**self._arguments(), name: value})
+        try:
+            arguments = self._arguments()
+        except AttributeError:  # one is not kept, so nothing can be made anew
+            object.__setattr__(self, name, value)
+            self._begin_anew()
+            return
+        made = type(self)(**{**arguments, name: value})
         known = self._known_variables()
         if name == "targets" and known is not None:
             matching(value, known)
         numbers = {number.name for number in _numbers(type(self))}
         own = vars(made).keys() - _BOOKKEEPING - numbers
         self.__dict__.update({key: vars(made)[key] for key in own})
+        if name in self.keeps_state:
+            self._structure += 1
+        else:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._structure += 1
-        if name not in self.keeps_state:
-            self._built_for = None
-            self._variables, self._lasting = [], []
+        self._built_for = None
+        self._variables, self._lasting = [], []
 
     def _check_arguments(self) -> None:
         """Raises as `__init__` does where an argument was assigned what it refuses."""

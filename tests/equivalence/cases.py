@@ -132,7 +132,11 @@ MODES = [
             "AdaptiveClipping": "a row of an embedding is a unit, one of a weight is not",
         },
     ),
-    Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}, leaves_out=_OF_PARTS),
+    Mode(
+        "4 micro-batches",
+        {"jit_compile": False, "micro_batches": 4},
+        leaves_out={**_OF_PARTS, **_MORE_PARTS},
+    ),
     Mode(
         "4 accumulated",
         {"jit_compile": False},
@@ -211,7 +215,7 @@ HOOKS = {
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
-    "NoiseScale": Case(lambda: [hooks.NoiseScale(0.9), grow], compile={"micro_batches": 4}),
+    "NoiseScale": Case(lambda: [hooks.NoiseScale(0.9), grow], compile={"micro_batches": 6}),
     "SharpnessAware": Case(
         lambda: [grow], backward=lambda: backward.SharpnessAware(0.1, synchronize=True)
     ),
