@@ -108,7 +108,7 @@ class Gradients:
         self._unique_rows = unique_rows or not any(
             isinstance(g, tf.IndexedSlices) for g in self._values
         )
-        self._norm_cache: tuple[Any, tuple[tf.Tensor, tf.Tensor]] | None = None
+        self._norm_cache: tuple[Any, tuple[_norms.Length, tf.Tensor]] | None = None
 
     @property
     def variables(self) -> list[Any]:
@@ -311,7 +311,8 @@ class Gradients:
         if self._unique_rows:
             return self
         summed = [
-            None if g is None else _sparse.sum_duplicates(g, v.shape[0]) for g, v in self.pairs()
+            _sparse.sum_duplicates(g, v.shape[0]) if isinstance(g, tf.IndexedSlices) else g
+            for g, v in self.pairs()
         ]
         return self._with(summed, unique_rows=True)
 
@@ -322,13 +323,14 @@ class Gradients:
         tiny finite gradients overflow or underflow. It is computed once, however
         often it is asked for.
         """
-        return self._norm_and_finite()[0]
+        length, _ = self._length_and_finite()
+        return length.size * length.unit
 
-    def _norm_and_finite(self) -> tuple[tf.Tensor, tf.Tensor]:
+    def _length_and_finite(self) -> tuple[_norms.Length, tf.Tensor]:
         """Returns the global norm, and whether all is finite, from one look at the values."""
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._norm_cache is None or self._norm_cache[0] is not graph:
-            self._norm_cache = (graph, _norms.joint_norm_and_finite(self._dense_values()))
+            self._norm_cache = (graph, _norms.joint_length(self._dense_values()))
         return self._norm_cache[1]
 
     def norms(self) -> dict[str, tf.Tensor]:
@@ -344,6 +346,15 @@ class Gradients:
         """Returns a scalar bool: no gradient holds NaN or an infinity."""
         checks = [tf.reduce_all(tf.math.is_finite(_sparse.values_of(g))) for g in self.present()]
         return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
+
+    def _with_stored(self, change: Callable[[list[tf.Tensor]], list[tf.Tensor]]) -> Gradients:
+        """Changes the numbers that are stored, all at once; rows stay where they are."""
+        unique = self.with_unique_rows()
+        changed = iter(change(unique._dense_values()))
+        stored = [
+            None if g is None else _sparse.with_values(g, next(changed)) for g in unique._values
+        ]
+        return unique._with(stored)
 
     def _dense_values(self) -> list[tf.Tensor]:
         return [_sparse.values_of(g) for g in self.with_unique_rows().present()]

@@ -1,5 +1,6 @@
 """Gates: steps, or elements, that are not to be applied."""
 
+import math
 from typing import Any
 
 import keras
@@ -10,7 +11,7 @@ from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.gradients.sparse import values_of
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.statistics import Moments
+from keras_tapefit.hooks.statistics import Moments, finite_norm
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -70,7 +71,7 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        bad = ~gradients._norm_and_finite()[1]
+        bad = ~gradients._length_and_finite()[1]
         if self.max_consecutive is not None:
             self._count(bad, present)
         self._seen.assign(self._seen.value + 1)
@@ -152,8 +153,8 @@ class SkipSpikes(GradientHook):
 
     may_skip_steps = True
     keeps_state = ("patience",)
-    max_zscore = Number(above=0)
-    momentum = Number(minimum=0, maximum=1)
+    max_zscore = Number(above=0, neutral=math.inf)
+    momentum = Number(minimum=0, maximum=1, neutral=1)
 
     def __init__(
         self,
@@ -184,9 +185,11 @@ class SkipSpikes(GradientHook):
         self._skipped = self.add_variable(dtype="int32", name="skipped", kept_when_skipped=True)
 
     def apply(self, gradients: Gradients) -> Gradients:
-        value = self.loss if self.monitor == "loss" else gradients.global_norm()
-        value = tf.cast(value, tf.float32)
-        finite = tf.math.is_finite(value)
+        if self.monitor == "loss":
+            value = tf.cast(self.loss, tf.float32)
+            finite = tf.math.is_finite(value)
+        else:
+            value, finite = finite_norm(gradients)
         is_high = self._moments.ready & (self._moments.zscore(value) > self.max_zscore)
         bad = ~finite | (is_high & (self._skipped.value < self.patience))
         self._moments.add(value, self.momentum, when=finite)

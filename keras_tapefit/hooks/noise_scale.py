@@ -53,7 +53,7 @@ class NoiseScale(GradientHook):
     """
 
     uses_parts = True
-    momentum = Number(minimum=0, maximum=1)
+    momentum = Number(minimum=0, maximum=1, neutral=1)
 
     def __init__(self, momentum: Any = 0.99, name: str | None = None) -> None:
         super().__init__(name=name)
