@@ -349,13 +349,22 @@ class GradientHook:
             reduction: `"mean"` logs the mean over the epoch's steps, `"sum"` their sum.
 
         Raises:
-            ValueError: when `reduction` is neither.
+            TypeError: when `name` is no string.
+            ValueError: when `reduction` is neither, `value` no scalar, or the model has a
+                log entry of that name already.
         """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"`name` of a log entry must be a string. Received: name={name!r}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(
                 f"`reduction` must be 'mean' or 'sum'. Received: reduction={reduction!r}."
             )
         value = tf.cast(tf.convert_to_tensor(value), tf.float32)
+        if value.shape.rank not in (0, None):
+            raise ValueError(
+                f"The log entry {name!r} of hook {self.name!r} must be a scalar. "
+                f"Received: a tensor of shape {tuple(value.shape)}."
+            )
         self._step("report").reports.append(Report(self, name, value, reduction))
 
     def skip_step(self, when: Any) -> None:

@@ -208,8 +208,12 @@ class BlockRMSClipping(GradientHook):
     def apply(self, gradients: Gradients) -> Gradients:
         max_rms = self.max_rms
         # As a bound on the norm: `rms(g) = ‖g‖ / sqrt(n)`, with n elements.
-        bounds = {id(v): max_rms * math.sqrt(math.prod(v.shape)) for v in gradients.variables}
+        bounds = {id(v): max_rms * _root_of_size(v) for v in gradients.variables}
         return shorten(gradients, list(bounds), bounds)
+
+
+def _root_of_size(variable: Any) -> float:
+    return math.sqrt(max(math.prod(variable.shape), 1))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")

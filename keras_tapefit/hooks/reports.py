@@ -1,10 +1,14 @@
 """Epoch means of what hooks report, kept outside the model's metrics."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Sequence
 
 import keras
 import tensorflow as tf
 
+from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.step import Report
 
 
@@ -19,6 +23,8 @@ class Reports:
         self.capacity = capacity
         self.live: list[str] = []
         self._entries: dict[str, tuple[int, str]] = {}
+        # Of each entry the hooks that report it; one whose hooks are all gone is let go of.
+        self._owners: dict[str, weakref.WeakSet[GradientHook]] = {}
         self._state = keras.Variable(
             tf.zeros((2, capacity)),
             dtype="float32",
@@ -28,19 +34,31 @@ class Reports:
             name="reports",
         )
 
-    def add(self, reports: Sequence[Report], accepted: tf.Tensor | None) -> list[str]:
+    def add(
+        self,
+        reports: Sequence[Report],
+        accepted: tf.Tensor | None,
+        taken: Collection[str] = (),
+    ) -> list[str]:
         """Adds one step's reports and returns their names.
 
         Args:
             reports: of one step; a hook may report a name several times.
             accepted: scalar bool; the reports of a rejected step are left out, but for
                 those that no hook made. `None`: the step is accepted.
+            taken: the names of the model's own log entries.
 
         Raises:
-            ValueError: when two hooks report the same name, or there is no more room.
+            ValueError: when two hooks report the same name, or a name that is taken, or
+                there is no more room.
         """
         owners: dict[str, object] = {}
         for report in reports:
+            if report.name in taken:
+                raise ValueError(
+                    f"The hook {_name(report.hook)} reports {report.name!r}, a log entry "
+                    "that the model has already. Call `report` with another name."
+                )
             if owners.setdefault(report.name, report.hook) is not report.hook:
                 raise ValueError(f"Two hooks report {report.name!r}. Give one of them a `name`.")
         if not reports:
@@ -81,14 +99,39 @@ class Reports:
 
     def reset(self) -> None:
         """Begins a new epoch."""
+        self._let_go()
         self._state.assign(tf.zeros((2, self.capacity)))
 
     def _slot(self, report: Report) -> int:
         if report.name not in self._entries:
             if len(self._entries) == self.capacity:
+                self._make_room()
+            if len(self._entries) == self.capacity:
                 raise ValueError(
                     f"There is room for {self.capacity} log entries. The entry "
-                    f"{report.name!r} of hook {report.hook.name!r} is one too many."
+                    f"{report.name!r} of hook {_name(report.hook)} is one too many."
                 )
-            self._entries[report.name] = (len(self._entries), report.reduction)
+            used = {slot for slot, _ in self._entries.values()}
+            slot = next(i for i in range(self.capacity) if i not in used)
+            self._entries[report.name] = (slot, report.reduction)
+        if report.hook is not None:
+            self._owners.setdefault(report.name, weakref.WeakSet()).add(report.hook)
         return self._entries[report.name][0]
+
+    def _let_go(self) -> list[int]:
+        """Forgets the entries of hooks that are gone, and returns where they were."""
+        gone = [name for name, owners in self._owners.items() if not owners]
+        for name in gone:
+            del self._owners[name]
+        return [self._entries.pop(name)[0] for name in gone]
+
+    def _make_room(self) -> None:
+        """Lets go of entries in the middle of an epoch."""
+        slots = self._let_go()
+        kept = tf.constant([float(i not in slots) for i in range(self.capacity)])
+        with tf.init_scope():
+            self._state.assign(self._state.value * kept)
+
+
+def _name(hook: GradientHook | None) -> str:
+    return "(none)" if hook is None else repr(hook.name)
