@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.step import Report
+
+# Of each entry the hooks that report it; one whose hooks are all gone is let go of. No
+# attribute: what hooks there are is no part of what models that share traces compare.
+_Owners: TypeAlias = dict[str, "weakref.WeakSet[GradientHook]"]
+_owners: weakref.WeakKeyDictionary[Reports, _Owners] = weakref.WeakKeyDictionary()
 
 
 class Reports:
@@ -23,8 +29,7 @@ class Reports:
         self.capacity = capacity
         self.live: list[str] = []
         self._entries: dict[str, tuple[int, str]] = {}
-        # Of each entry the hooks that report it; one whose hooks are all gone is let go of.
-        self._owners: dict[str, weakref.WeakSet[GradientHook]] = {}
+        _owners[self] = {}
         self._state = keras.Variable(
             tf.zeros((2, capacity)),
             dtype="float32",
@@ -115,14 +120,14 @@ class Reports:
             slot = next(i for i in range(self.capacity) if i not in used)
             self._entries[report.name] = (slot, report.reduction)
         if report.hook is not None:
-            self._owners.setdefault(report.name, weakref.WeakSet()).add(report.hook)
+            _owners[self].setdefault(report.name, weakref.WeakSet()).add(report.hook)
         return self._entries[report.name][0]
 
     def _let_go(self) -> list[int]:
         """Forgets the entries of hooks that are gone, and returns where they were."""
-        gone = [name for name, owners in self._owners.items() if not owners]
+        gone = [name for name, owners in _owners[self].items() if not owners]
         for name in gone:
-            del self._owners[name]
+            del _owners[self][name]
         return [self._entries.pop(name)[0] for name in gone]
 
     def _make_room(self) -> None:

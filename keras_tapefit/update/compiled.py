@@ -46,13 +46,14 @@ def update_compiled(
         with in_xla():
             outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts, watch)
         made.append(outcome)
-        return outcome.accepted, [report.value for report in outcome.reports], outcome.seen
+        numbers = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.reports]
+        return outcome.accepted, numbers, outcome.seen
 
     compiled = tf.function(body, jit_compile=True, autograph=False)
-    accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, parts)
+    accepted, numbers, seen = compiled([gradients.values()[i] for i in present], loss, parts)
     # Its tensors belong to the program; what comes out of it takes their place.
     reports = [
-        Report(report.hook, report.name, value, report.reduction)
-        for report, value in zip(made[-1].reports, values, strict=True)
+        Report(report.hook, report.name, value, report.reduction, weight)
+        for report, (value, weight) in zip(made[-1].reports, numbers, strict=True)
     ]
     return Outcome(accepted, reports, seen)
