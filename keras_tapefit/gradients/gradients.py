@@ -32,7 +32,7 @@ class ByVariable:
 
     Args:
         values: one for each variable.
-        variables: in the order of `values`.
+        place: returns the place of a variable among `values`, or raises `ValueError`.
 
     Example:
 
@@ -45,29 +45,30 @@ class ByVariable:
     # By place is what this class is not: those of `build` are not those of `apply`.
     __iter__ = None
 
-    def __init__(self, values: Sequence[Any], variables: Sequence[Any]) -> None:
-        self._values = dict(zip(map(id, variables), values, strict=True))
+    def __init__(self, values: Sequence[Any], place: Callable[[Any], int]) -> None:
+        self._values = list(values)
+        self._place = place
 
     def __getitem__(self, variable: Any) -> Any:
         """Returns the value of a variable.
 
         Raises:
-            KeyError: when there is none.
+            TypeError: when it is no variable.
+            ValueError: when there is none.
         """
-        if id(variable) not in self._values:
-            name = _targets.variable_path(variable) if _targets.is_variable(variable) else variable
-            raise KeyError(
-                f"There are values by variable, and none for {name!r}. Pass one of the "
-                "variables that `build` was given."
+        if not _targets.is_variable(variable):
+            raise TypeError(
+                "These are values by variable, not by place. Pass one of the variables that "
+                f"`build` was given. Received: {variable!r}."
             )
-        return self._values[id(variable)]
+        return self._values[self._place(variable)]
 
     def __len__(self) -> int:
         return len(self._values)
 
     def values(self) -> list[Any]:
         """All values, in the order in which they were given."""
-        return list(self._values.values())
+        return list(self._values)
 
 
 class Gradients:

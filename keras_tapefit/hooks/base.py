@@ -314,11 +314,16 @@ class GradientHook:
                 return gradients.map(smooth, self.averages)
         ```
         """
+        if variables and [self.place(v) for v in variables] != list(range(len(self._places))):
+            raise ValueError(
+                "`add_variables` makes state for all variables that `build` was given, in "
+                f"their order. Received: {len(variables)} of {len(self._places)} variables."
+            )
         states = [
             self.add_variable(tuple(v.shape), initializer, dtype, f"{name}_{i}")
             for i, v in enumerate(variables)
         ]
-        return ByVariable(states, variables)
+        return ByVariable(states, self.place)
 
     @property
     def step(self) -> tf.Tensor:
