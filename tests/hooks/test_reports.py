@@ -54,7 +54,7 @@ def test_entries_go_with_their_hooks():
             reports.reset()
         del passing
         gc.collect()
-    with pytest.raises(ValueError, match="room for 3 log entries. The entry 'd' of hook 'says'"):
+    with pytest.raises(ValueError, match="room for 3 log entries. The entry 'c' of hook 'says'"):
         reports.add([_report(stays, name, 0.0) for name in "abcd"], None)
 
 
