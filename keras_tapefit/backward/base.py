@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
 import tensorflow as tf
@@ -258,6 +258,9 @@ class Objective(Protocol):
         """Gives each output its mask."""
 
 
+Method = TypeVar("Method", bound="GradientMethod")
+
+
 class GradientMethod:
     """Base class of the ways to get gradients: `compile(backward=...)`.
 
@@ -268,7 +271,7 @@ class GradientMethod:
     takes_parts: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> GradientMethod:
+    def __new__(cls: type[Method], *args: Any, **kwargs: Any) -> Method:
         self = super().__new__(cls)
         self._live = {}
         return self

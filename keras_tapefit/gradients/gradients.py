@@ -27,6 +27,50 @@ class VariablePath(str):
         return str(self)
 
 
+class ByVariable:
+    """A value for each of some variables, which no place in a list can mix up.
+
+    Args:
+        values: one for each variable.
+        place: returns the place of a variable among `values`, or raises `ValueError`.
+
+    Example:
+
+    ```python
+    states[variable]                     # of one variable
+    gradients.map(fn, states)            # of each, whichever are being trained now
+    ```
+    """
+
+    # By place is what this class is not: those of `build` are not those of `apply`.
+    __iter__ = None
+
+    def __init__(self, values: Sequence[Any], place: Callable[[Any], int]) -> None:
+        self._values = list(values)
+        self._place = place
+
+    def __getitem__(self, variable: Any) -> Any:
+        """Returns the value of a variable.
+
+        Raises:
+            TypeError: when it is no variable.
+            ValueError: when there is none.
+        """
+        if not _targets.is_variable(variable):
+            raise TypeError(
+                "These are values by variable, not by place. Pass one of the variables that "
+                f"`build` was given. Received: {variable!r}."
+            )
+        return self._values[self._place(variable)]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def values(self) -> list[Any]:
+        """All values, in the order in which they were given."""
+        return list(self._values)
+
+
 class Gradients:
     """The gradients of a model's variables: ordered, immutable, by variable or path.
 
@@ -65,7 +109,7 @@ class Gradients:
         self._unique_rows = unique_rows or not any(
             isinstance(g, tf.IndexedSlices) for g in self._values
         )
-        self._norm_cache: tuple[Any, tuple[tf.Tensor, tf.Tensor]] | None = None
+        self._norm_cache: tuple[Any, tuple[_norms.Length, tf.Tensor]] | None = None
 
     @property
     def variables(self) -> list[Any]:
@@ -142,7 +186,7 @@ class Gradients:
             fn: takes a gradient, and one element of each of `rest`, and returns a
                 tensor of the same shape.
             rest: sequences in the order of `variables` (`gradients.variables` itself,
-                say), or other `Gradients` of the same variables.
+                say), other `Gradients` of the same variables, or values `ByVariable`.
             keeps_zero: whether `fn` works on each row by itself and maps zero to zero;
                 one bool, or one a variable. A sparse gradient then stays sparse: `fn`
                 sees its rows, duplicates summed, and the same rows of variables in
@@ -150,6 +194,10 @@ class Gradients:
 
         Returns:
             New `Gradients` of the same variables.
+
+        Raises:
+            ValueError: when one of `rest` has more or fewer elements than there are
+                variables.
 
         Example:
 
@@ -160,7 +208,7 @@ class Gradients:
         """
         flags = [keeps_zero] * len(self) if isinstance(keeps_zero, bool) else keeps_zero
         source = self.with_unique_rows() if any(flags) else self
-        columns = [r.values() if isinstance(r, Gradients) else r for r in rest]
+        columns = [self._column(r) for r in rest]
 
         def mapped(gradient: Any, by_row: bool, *others: Any) -> Any:
             if gradient is None:
@@ -175,6 +223,19 @@ class Gradients:
 
         rows = zip(source._values, flags, *columns, strict=True)
         return source._with([mapped(*row) for row in rows])
+
+    def _column(self, values: Any) -> list[Any]:
+        if isinstance(values, ByVariable):
+            return [values[variable] for variable in self._variables]
+        column = values.values() if isinstance(values, Gradients) else list(values)
+        if len(column) != len(self):
+            raise ValueError(
+                f"`map` needs one element for each of the {len(self)} variables of these "
+                f"gradients, which are those being trained now. Received: {len(column)}. For "
+                "state of all variables, use `add_variables` in `build`, and pass what it "
+                "returns."
+            )
+        return column
 
     def scale(self, factor: Any) -> Gradients:
         """Multiplies every gradient by a scalar; sparse gradients stay sparse."""
@@ -259,7 +320,8 @@ class Gradients:
         if self._unique_rows:
             return self
         summed = [
-            None if g is None else _sparse.sum_duplicates(g, v.shape[0]) for g, v in self.pairs()
+            _sparse.sum_duplicates(g, v.shape[0]) if isinstance(g, tf.IndexedSlices) else g
+            for g, v in self.pairs()
         ]
         return self._with(summed, unique_rows=True)
 
@@ -270,13 +332,14 @@ class Gradients:
         tiny finite gradients overflow or underflow. It is computed once, however
         often it is asked for.
         """
-        return self._norm_and_finite()[0]
+        length, _ = self._length_and_finite()
+        return length.size * length.unit
 
-    def _norm_and_finite(self) -> tuple[tf.Tensor, tf.Tensor]:
+    def _length_and_finite(self) -> tuple[_norms.Length, tf.Tensor]:
         """Returns the global norm, and whether all is finite, from one look at the values."""
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._norm_cache is None or self._norm_cache[0] is not graph:
-            self._norm_cache = (graph, _norms.joint_norm_and_finite(self._dense_values()))
+            self._norm_cache = (graph, _norms.joint_length(self._dense_values()))
         return self._norm_cache[1]
 
     def norms(self) -> dict[str, tf.Tensor]:
@@ -292,6 +355,15 @@ class Gradients:
         """Returns a scalar bool: no gradient holds NaN or an infinity."""
         checks = [tf.reduce_all(tf.math.is_finite(_sparse.values_of(g))) for g in self.present()]
         return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
+
+    def _with_stored(self, change: Callable[[list[tf.Tensor]], list[tf.Tensor]]) -> Gradients:
+        """Changes the numbers that are stored, all at once; rows stay where they are."""
+        unique = self.with_unique_rows()
+        changed = iter(change(unique._dense_values()))
+        stored = [
+            None if g is None else _sparse.with_values(g, next(changed)) for g in unique._values
+        ]
+        return unique._with(stored)
 
     def _dense_values(self) -> list[tf.Tensor]:
         return [_sparse.values_of(g) for g in self.with_unique_rows().present()]

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
+
+
+class Length(NamedTuple):
+    """A norm that may be too large or too small for a float: `size · unit`.
+
+    Attributes:
+        size: of moderate size, or inf or NaN where an element is.
+        unit: a positive number, mostly 1.
+    """
+
+    size: tf.Tensor
+    unit: tf.Tensor
 
 
 def wide(value: tf.Tensor) -> tf.Tensor:
@@ -40,22 +54,33 @@ def joint_norm_and_finite(values: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Te
     Returns:
         Two scalars: the norm, float32, or float64 when any of the values is; and a bool.
     """
+    length, finite = joint_length(values)
+    return length.size * length.unit, finite
+
+
+def joint_length(values: Sequence[tf.Tensor]) -> tuple[Length, tf.Tensor]:
+    """Returns the joint norm of all tensors as a `Length`, and whether all are finite.
+
+    It is finite where all elements are, as `joint_norm` need not be.
+    """
     dtype = _common_dtype(values)
+    one = tf.ones((), dtype)
     if not values:
-        return tf.zeros((), dtype), tf.constant(True)
+        return Length(tf.zeros((), dtype), one), tf.constant(True)
     values = [tf.cast(value, dtype) for value in values]
     low, high, power = _RANGES[dtype]
     squares = _sum_of_squares(values)
 
-    def plain() -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.sqrt(squares), tf.constant(True)
+    def plain() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return tf.sqrt(squares), one, tf.constant(True)
 
-    def scaled() -> tuple[tf.Tensor, tf.Tensor]:
+    def scaled() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         factor = tf.where(squares < 1.0, tf.constant(power, dtype), 1.0 / power)
         again = _sum_of_squares([v * factor for v in values])
-        return tf.sqrt(again) / factor, tf.math.is_finite(again)
+        return tf.sqrt(again), 1.0 / factor, tf.math.is_finite(again)
 
-    return tf.cond((squares > low) & (squares < high), plain, scaled)
+    size, unit, finite = tf.cond((squares > low) & (squares < high), plain, scaled)
+    return Length(size, unit), finite
 
 
 def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -114,7 +139,7 @@ def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
         return 2.0 * tf.add_n([tf.nn.l2_loss(value) for value in values])
     # On a CPU, XLA adds up all elements one after the other, and columns side by side.
     # The root between keeps it from making one sum of the two.
-    columns = [tf.sqrt(tf.reduce_sum(v * v, range(len(v.shape) - 1))) for v in values]
+    columns = [tf.sqrt(tf.reduce_sum(v * v, list(range(len(v.shape) - 1)))) for v in values]
     return tf.add_n([tf.reduce_sum(tf.square(column)) for column in columns])
 
 
@@ -150,8 +175,110 @@ def axes_norm(value: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     Returns:
         A tensor of the rank of `value`, float32 or wider.
     """
+    length = axes_length(value, axes)
+    return length.size * length.unit
+
+
+def axes_length(value: tf.Tensor, axes: Sequence[int]) -> Length:
+    """Returns norms over `axes` as a `Length`, finite where all elements are."""
     value = wide(value)
     largest = tf.reduce_max(tf.abs(value), axes, keepdims=True)
     divisor = tf.where(tf.math.is_finite(largest) & (largest > 0), largest, 1.0)
     total = tf.reduce_sum(tf.square(value / divisor), axes, keepdims=True)
-    return divisor * tf.sqrt(total)
+    return Length(tf.sqrt(total), divisor)
+
+
+def shortened(
+    values: Sequence[tf.Tensor], lengths: Sequence[Length], bounds: Sequence[Any]
+) -> list[tf.Tensor]:
+    """Scales tensors down where their norms exceed a bound, right for floats of any size.
+
+    What is not longer than its bound, or has no finite norm, stays bit for bit.
+
+    Args:
+        values: floating-point tensors.
+        lengths: the norm that counts for each, scalars.
+        bounds: of each norm, scalar float64, positive or infinite.
+
+    Returns:
+        Tensors of the same shapes and dtypes.
+    """
+    if not values:
+        return []
+    roots = [root_of_factor(*pair) for pair in zip(lengths, bounds, strict=True)]
+    is_joint = all(length is lengths[0] for length in lengths)
+
+    def scaled(times: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> list[tf.Tensor]:
+        products = [tf.cast(times(wide(v), r), v.dtype) for v, r in zip(values, roots, strict=True)]
+        if is_joint:
+            return products
+        # Not the product with 1: it loses the smallest floats.
+        rows = zip(roots, products, values, strict=True)
+        return [tf.where(root < 1.0, product, value) for root, product, value in rows]
+
+    def some() -> list[tf.Tensor]:
+        is_plain = tf.reduce_all(tf.stack(roots) > 1e-15)
+        return tf.cond(is_plain, lambda: scaled(_times_square), lambda: scaled(times_twice))
+
+    exceeds = tf.reduce_any(tf.stack(roots) < 1.0)
+    return tf.cond(exceeds, some, lambda: [tf.identity(v) for v in values])
+
+
+def root_of_factor(length: Length, bound: Any) -> tf.Tensor:
+    """Returns the root of what takes a norm down to its bound; 1 where it stays.
+
+    The root, because the factor itself may be too small for a float.
+
+    Args:
+        length: one norm, or a tensor of some.
+        bound: positive or infinite, of the same shape.
+
+    Returns:
+        A float64 tensor.
+    """
+    size, unit = (tf.cast(part, tf.float64) for part in length)
+    bound = tf.cast(bound, tf.float64)
+    exceeds = (size > bound / unit) & tf.math.is_finite(size)
+    return tf.where(exceeds, tf.sqrt(bound / size) / tf.sqrt(unit), 1.0)
+
+
+def _times_square(value: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
+    return value * tf.cast(root * root, value.dtype)
+
+
+def times_twice(value: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
+    """Multiplies by a factor whose root is given, in two steps."""
+    # A division, for TensorFlow's graph optimizer makes one factor of two: it multiplies
+    # the smaller tensors first.
+    return value / tf.cast(1.0 / root, value.dtype) * tf.cast(root, value.dtype)
+
+
+def clamped(values: Sequence[tf.Tensor], bound: Any) -> list[tf.Tensor]:
+    """Clamps elements to `[-bound, bound]`; what lies inside stays bit for bit.
+
+    Args:
+        values: floating-point tensors.
+        bound: scalar float64, positive or infinite.
+    """
+    if not values:
+        return []
+
+    def clamp(value: tf.Tensor) -> tf.Tensor:
+        limit = _limit(value, bound)
+        small = tf.abs(wide(value)) <= limit
+        return tf.where(
+            small, value, tf.cast(tf.clip_by_value(wide(value), -limit, limit), value.dtype)
+        )
+
+    exceeds = [tf.reduce_any(tf.abs(wide(v)) > _limit(v, bound)) for v in values]
+    return tf.cond(
+        tf.reduce_any(tf.stack(exceeds)),
+        lambda: [clamp(value) for value in values],
+        lambda: [tf.identity(value) for value in values],
+    )
+
+
+def _limit(value: tf.Tensor, bound: Any) -> tf.Tensor:
+    # Not below what the type can hold, where everything would become zero.
+    dtype = wide(value).dtype
+    return tf.maximum(tf.cast(bound, dtype), np.finfo(dtype.as_numpy_dtype).tiny)

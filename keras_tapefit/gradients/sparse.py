@@ -35,6 +35,9 @@ def to_dense(gradient: Gradient) -> tf.Tensor:
     """Returns the gradient as a tensor of the variable's shape."""
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
+    if 0 in gradient.values.shape[1:]:
+        # `scatter_nd` refuses a result without elements.
+        return tf.zeros(gradient.dense_shape, gradient.values.dtype)
     # Through a scatter: `tf.convert_to_tensor` warns that this may take memory.
     shape = tf.cast(gradient.dense_shape, gradient.indices.dtype)
     return tf.scatter_nd(gradient.indices[:, tf.newaxis], gradient.values, shape)

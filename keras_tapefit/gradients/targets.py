@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tapefit.gradients.layers import has_trainable_weights
+
 Targets = Any
 """A layer, a variable, a predicate on a variable, a glob on `variable.path`, or a
 list of these. `None` means every variable."""
@@ -61,18 +63,39 @@ def matching(targets: Targets, variables: Sequence[Any]) -> list[int]:
     if targets is None:
         return list(range(len(variables)))
     selected: set[int] = set()
+    nothing = []
     for target in _as_list(targets):
         matches = _predicate(target, variables)
         found = [i for i, variable in enumerate(variables) if matches(variable)]
-        if not found:
-            paths = "\n  ".join(variable_path(v) for v in variables) or "(none)"
-            raise ValueError(
-                f"The target {_describe(target)} matches no variable. Pass a layer or a "
-                "variable of this model, or a glob on one of the paths there are:\n"
-                f"  {paths}"
-            )
         selected.update(found)
+        if not found:
+            nothing.append(target)
+    # In a list, such as `model.layers[-20:]`, there may be layers without weights.
+    faults = [target for target in nothing if not (selected and _is_weightless(target))]
+    if faults:
+        paths = [variable_path(v) for v in variables]
+        listed = "\n  ".join(paths) or "(none)"
+        raise ValueError(
+            f"The target {describe(faults[0])} matches no variable.{_hint(faults[0], paths)} "
+            "Pass a layer or a variable of this model, or a glob on one of the paths there "
+            f"are:\n  {listed}"
+        )
     return sorted(selected)
+
+
+def _is_weightless(target: Any) -> bool:
+    return isinstance(target, keras.layers.Layer) and not has_trainable_weights(target)
+
+
+def _hint(target: Any, paths: Sequence[str]) -> str:
+    """Returns the glob that was meant, where one can be told."""
+    if not isinstance(target, str) or not target:
+        return ""
+    name = target.strip("/")
+    for glob in (f"{name}/*", f"*/{name}/*", f"*/{name}", f"{name}*", f"*{name}*"):
+        if any(fnmatch.fnmatchcase(path, glob) for path in paths):
+            return f" Did you mean {glob!r}?"
+    return ""
 
 
 def _as_list(targets: Targets) -> list[Any]:
@@ -81,7 +104,8 @@ def _as_list(targets: Targets) -> list[Any]:
     return list(targets) if isinstance(targets, list | tuple) else [targets]
 
 
-def _describe(target: Any) -> str:
+def describe(target: Any) -> str:
+    """Returns a target as a message names it."""
     if isinstance(target, keras.layers.Layer):
         return f"layer {target.name!r}"
     if is_variable(target):
@@ -141,7 +165,7 @@ def serialize_targets(targets: Targets, variables: Sequence[Any] | None) -> Any:
     if isinstance(targets, keras.layers.Layer) or is_variable(targets):
         if variables is None:
             raise ValueError(
-                f"The target {_describe(targets)} can be saved only after the model is "
+                f"The target {describe(targets)} can be saved only after the model is "
                 "built and the hook belongs to it. Build the model first, or use a glob "
                 "on the variable's path."
             )

@@ -1,5 +1,6 @@
 """What is done to gradients between the backward pass and the update."""
 
+from keras_tapefit.gradients.public import publish as _publish
 from keras_tapefit.hooks.base import GradientHook as GradientHook
 from keras_tapefit.hooks.clipping import AdaptiveClipping as AdaptiveClipping
 from keras_tapefit.hooks.clipping import BlockRMSClipping as BlockRMSClipping
@@ -25,3 +26,5 @@ from keras_tapefit.hooks.shaping import GradientNoise as GradientNoise
 from keras_tapefit.hooks.shaping import GradientScaling as GradientScaling
 from keras_tapefit.hooks.statistics_clipping import PercentileClipping as PercentileClipping
 from keras_tapefit.hooks.statistics_clipping import ZScoreClipping as ZScoreClipping
+
+_publish(globals())

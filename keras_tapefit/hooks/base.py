@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import (
+    ByVariable,
     Gradients,
     Targets,
     deserialize_targets,
     serialize_targets,
     variable_path,
 )
-from keras_tapefit.gradients.targets import check_targets, matching
+from keras_tapefit.gradients.targets import check_targets, describe, is_variable, matching
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
 from keras_tapefit.hooks.step import Report, current_step
+
+Hook = TypeVar("Hook", bound="GradientHook")
 
 
 class GradientHook:
@@ -34,6 +38,13 @@ class GradientHook:
     `on_validation` are called where a subclass implements them. A subclass whose `apply`
     calls `skip_step` says so with `may_skip_steps = True`, and one that reads `loss` with
     `uses_loss = True`.
+
+    An argument may be assigned later, as an attribute: it is checked as in `__init__` and
+    acts from the next step on. A hook in use begins anew then, its state made again, but
+    for numbers (see `Number`) and for arguments that its class names in `keeps_state`.
+
+    `copy.copy` gives a hook with the same arguments that belongs to no model and has no
+    state yet.
 
     Args:
         targets: the variables the hook is for: a layer, a variable, a predicate on a
@@ -59,6 +70,7 @@ class GradientHook:
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     uses_step_count: bool = False
+    keeps_state: ClassVar[tuple[str, ...]] = ()
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
     _number_variables: dict[str, keras.Variable]
@@ -71,11 +83,15 @@ class GradientHook:
     _places: dict[int, int]
     _units: Callable[[Any], Any] | None
     _owners: Callable[[Any], Any] | None
-    targets: Targets
+    targets: Targets = None
     _name: str | None
     _registered_name: str | None
+    _saved_name: str | None
+    _left: list[Any] | None
+    _is_building: bool = False
+    _is_checked: bool
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
+    def __new__(cls: type[Hook], *args: Any, **kwargs: Any) -> Hook:
         self = super().__new__(cls)
         # Made here, so that a subclass may assign numbers before `super().__init__`.
         self._number_variables = {}
@@ -88,9 +104,11 @@ class GradientHook:
         self._places = {}
         self._units = None
         self._owners = None
-        self.targets = None
         self._name = None
         self._registered_name = None
+        self._saved_name = None
+        self._left = None
+        self._is_checked = True
         return self
 
     def __init__(self, targets: Targets = None, name: str | None = None) -> None:
@@ -100,10 +118,78 @@ class GradientHook:
         self.targets = targets
         self._name = name
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_new = name not in self.__dict__ or name not in _plain_arguments(type(self))
+        # What a hook assigns to itself while it is built or applied is its own affair.
+        if is_new or self._is_building or current_step() is not None:
+            object.__setattr__(self, name, value)
+        elif self._registered_name is None and self._built_for is None:
+            # `__init__` may not be over yet: checked when the hook is added to a list.
+            object.__setattr__(self, name, value)
+            self._is_checked = False
+        else:
+            self._assign(name, value)
+
+    def _assign(self, name: str, value: Any) -> None:
+        """Gives an argument of a hook in use another value, as if it were made with it."""
+        try:
+            arguments = self._arguments()
+        except AttributeError:  # one is not kept, so nothing can be made anew
+            object.__setattr__(self, name, value)
+            self._begin_anew()
+            return
+        made = type(self)(**{**arguments, name: value})
+        known = self._known_variables()
+        if name == "targets" and known is not None:
+            matching(value, known)
+        numbers = {number.name for number in _numbers(type(self))}
+        own = vars(made).keys() - _BOOKKEEPING - numbers
+        self.__dict__.update({key: vars(made)[key] for key in own})
+        if name in self.keeps_state:
+            self._structure += 1
+        else:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._structure += 1
+        self._built_for = None
+        self._variables, self._lasting = [], []
+
+    def _check_arguments(self) -> None:
+        """Raises as `__init__` does where an argument was assigned what it refuses."""
+        if not self._is_checked:
+            type(self)(**self._arguments())
+            self._is_checked = True
+
+    def __copy__(self: Hook) -> Hook:
+        arguments: dict[str, Any] = self._arguments()
+        for argument, value in arguments.items():
+            arguments[argument] = list(value) if isinstance(value, list) else value
+        return type(self)(**arguments)
+
+    def __deepcopy__(self: Hook, memo: Any) -> Hook:
+        return self.__copy__()
+
+    def __repr__(self) -> str:
+        shown = []
+        for argument in _init_arguments(type(self)):
+            value = self._name if argument == "name" else self.__dict__.get(argument)
+            if value is not None:
+                shown.append(f"{argument}={_shown(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def name(self) -> str:
         """The hook's name: as given, or from its class, unique in its list."""
         return self._registered_name or self._name or self._default_name()
+
+    @name.setter
+    def name(self, value: Any) -> None:
+        raise AttributeError(
+            "The name of a hook cannot be assigned, for its state is saved under it. Pass "
+            "`name` to `super().__init__`, or to `register_gradient_hook`. "
+            f"Received: name={value!r}."
+        )
 
     @classmethod
     def _default_name(cls) -> str:
@@ -167,7 +253,16 @@ class GradientHook:
 
         Returns:
             A variable that is not trainable and has one copy per replica, all equal.
+
+        Raises:
+            RuntimeError: when it is called elsewhere than in `build`.
         """
+        if not self._is_building:
+            raise RuntimeError(
+                f"`add_variable` can be called only in `build`: state is made once, before "
+                f"the first step. Move the call from where it is into "
+                f"`build(self, variables)` of {type(self).__name__}, which the model calls."
+            )
         variable = keras.Variable(
             initializer,
             shape=None if hasattr(initializer, "shape") else tuple(shape),
@@ -181,6 +276,54 @@ class GradientHook:
         if kept_when_skipped:
             self._lasting.append(variable)
         return variable
+
+    def add_variables(
+        self,
+        variables: Sequence[Any],
+        initializer: Any = "zeros",
+        dtype: str = "float32",
+        name: str = "variable",
+    ) -> ByVariable:
+        """Adds a variable of state for each variable of the model; to be called in `build`.
+
+        `build` gets all variables that the hook is for, `apply` the gradients of those
+        being trained now: with this, the two cannot be mixed up.
+
+        Args:
+            variables: those that `build` was given.
+            initializer: a Keras initializer or its name.
+            dtype: of the state.
+            name: of the state, with a number for each variable.
+
+        Returns:
+            The state of each variable, of its shape: `states[variable]`. As it is, it may
+            be passed to `gradients.map(fn, states)`.
+
+        Example:
+
+        ```python
+        class Smoothing(hooks.GradientHook):
+            def build(self, variables):
+                self.averages = self.add_variables(variables, name="average")
+
+            def apply(self, gradients):
+                def smooth(gradient, average):
+                    average.assign(0.9 * average + 0.1 * gradient)
+                    return average.value
+
+                return gradients.map(smooth, self.averages)
+        ```
+        """
+        if variables and [self.place(v) for v in variables] != list(range(len(self._places))):
+            raise ValueError(
+                "`add_variables` makes state for all variables that `build` was given, in "
+                f"their order. Received: {len(variables)} of {len(self._places)} variables."
+            )
+        states = [
+            self.add_variable(tuple(v.shape), initializer, dtype, f"{name}_{i}")
+            for i, v in enumerate(variables)
+        ]
+        return ByVariable(states, self.place)
 
     @property
     def step(self) -> tf.Tensor:
@@ -211,13 +354,22 @@ class GradientHook:
             reduction: `"mean"` logs the mean over the epoch's steps, `"sum"` their sum.
 
         Raises:
-            ValueError: when `reduction` is neither.
+            TypeError: when `name` is no string.
+            ValueError: when `reduction` is neither, `value` no scalar, or the model has a
+                log entry of that name already.
         """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"`name` of a log entry must be a string. Received: name={name!r}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(
                 f"`reduction` must be 'mean' or 'sum'. Received: reduction={reduction!r}."
             )
         value = tf.cast(tf.convert_to_tensor(value), tf.float32)
+        if value.shape.rank not in (0, None):
+            raise ValueError(
+                f"The log entry {name!r} of hook {self.name!r} must be a scalar. "
+                f"Received: a tensor of shape {tuple(value.shape)}."
+            )
         self._step("report").reports.append(Report(self, name, value, reduction))
 
     def skip_step(self, when: Any) -> None:
@@ -319,23 +471,32 @@ class GradientHook:
             AttributeError: when an argument was not kept as an attribute.
         """
         config = {}
-        for argument in _init_arguments(type(self)):
+        for argument, value in self._arguments().items():
             if argument in self._target_arguments:
-                targets = getattr(self, argument)
-                config[argument] = serialize_targets(targets, self._model_variables)
-            elif argument == "name":
-                config["name"] = self._name
+                config[argument] = serialize_targets(value, self._known_variables())
             elif isinstance(getattr(type(self), argument, None), Number):
-                config[argument] = serialize_number(self.__dict__.get(argument))
+                config[argument] = serialize_number(value)
+            else:
+                config[argument] = _serialize(value)
+        return config
+
+    def _arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `__init__`, as they are now."""
+        arguments = {}
+        for argument in _init_arguments(type(self)):
+            if argument == "name":
+                arguments["name"] = self._name
+            elif isinstance(getattr(type(self), argument, None), Number):
+                arguments[argument] = self.__dict__.get(argument)
             elif hasattr(self, argument):
-                config[argument] = _serialize(getattr(self, argument))
+                arguments[argument] = getattr(self, argument)
             else:
                 raise AttributeError(
                     f"{type(self).__name__}.__init__ takes `{argument}` but keeps no "
                     f"attribute of that name, so its config cannot be saved. Assign "
                     f"`self.{argument} = {argument}`, or implement `get_config`."
                 )
-        return config
+        return arguments
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GradientHook:
@@ -358,6 +519,27 @@ class GradientHook:
             )
         return step
 
+    def _leave(self) -> None:
+        """Lets go of the model, whose list the hook is taken out of; its state stays."""
+        self._registered_name = self._units = self._owners = None
+        if self._model_variables is not None:
+            self._left = [weakref.ref(variable) for variable in self._model_variables]
+            self._model_variables = None
+
+    def _is_back(self, variables: Sequence[Any]) -> bool:
+        """Whether these are the variables that the hook was built for, and no others."""
+        if self._left is not None:
+            if any(ref() is not v for ref, v in zip(self._left, variables, strict=True)):
+                return False
+            self._model_variables, self._left = list(variables), None
+        return True
+
+    def _known_variables(self) -> list[Any] | None:
+        if self._left is None:
+            return self._model_variables
+        known = [ref() for ref in self._left]
+        return None if any(variable is None for variable in known) else known
+
     def _prepare(
         self,
         variables: Sequence[Any],
@@ -366,21 +548,57 @@ class GradientHook:
     ) -> None:
         """Builds the hook for a model's trainable variables, once."""
         identity = [id(v) for v in variables]
-        if self._built_for == identity:
+        if self._built_for == identity and self._is_back(variables):
+            self._units, self._owners = units, owners
             for number in _numbers(type(self)):
                 number.make_variable(self)
             return
-        self._positions = matching(self.targets, variables)
-        self._places = {identity[p]: place for place, p in enumerate(self._positions)}
-        self._built_for = identity
-        self._model_variables = list(variables)
-        self._units = units
-        self._owners = owners
-        self._variables, self._lasting = [], []
-        for number in _numbers(type(self)):
-            number.make_variable(self)
-        with keras.name_scope(self.name):
-            self.build([variables[i] for i in self._positions])
+        before = dict(vars(self))
+        try:
+            self._is_building = True
+            self._positions = matching(self.targets, variables)
+            self._places = {identity[p]: place for place, p in enumerate(self._positions)}
+            self._built_for = identity
+            self._model_variables, self._left = list(variables), None
+            self._units = units
+            self._owners = owners
+            self._variables, self._lasting = [], []
+            for number in _numbers(type(self)):
+                number.make_variable(self)
+            with keras.name_scope(self.name):
+                self.build([variables[i] for i in self._positions])
+        except BaseException:
+            # As if it had not been tried: the next step may find the cause mended.
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        self._is_building = False
+
+
+# What every hook has, whatever its arguments.
+_BOOKKEEPING = frozenset(vars(GradientHook.__new__(GradientHook)))
+_plain: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _plain_arguments(cls: type) -> frozenset[str]:
+    """Returns the arguments that a hook of a class keeps as plain attributes."""
+    if cls not in _plain:
+        names = set(_init_arguments(cls)) - {"name"}
+        # Numbers and properties see to themselves.
+        _plain[cls] = frozenset(n for n in names if not hasattr(getattr(cls, n, None), "__set__"))
+    return _plain[cls]
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a `repr` shows it, without addresses."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, keras.layers.Layer) or is_variable(value):
+        return f"<{describe(value)}>"
+    if inspect.isroutine(value):
+        return f"<function {value.__name__}>"
+    is_default = type(value).__repr__ is object.__repr__
+    return f"<{type(value).__name__}>" if is_default else repr(value)
 
 
 def _numbers(cls: type) -> list[Number]:

@@ -1,5 +1,9 @@
-"""Clipping: gradients made shorter, their direction kept or nearly so."""
+"""Clipping: gradients made shorter, their direction kept or nearly so.
 
+A gradient whose norm is not finite is left as it is, for a gate to see.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +12,44 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
 from keras_tapefit.gradients.checks import check_bool
-from keras_tapefit.gradients.norms import axes_norm, joint_norm, wide
+from keras_tapefit.gradients.norms import (
+    Length,
+    axes_length,
+    axes_norm,
+    clamped,
+    root_of_factor,
+    shortened,
+    times_twice,
+    wide,
+)
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
+
+
+def bound() -> Number:
+    """Returns the bound of a clip: a positive number, of any size; infinity is no bound."""
+    return Number(above=0, neutral=math.inf, dtype="float64")
+
+
+def shorten(gradients: Gradients, places: Sequence[Any], bounds: dict[Any, Any]) -> Gradients:
+    """Scales gradients down together where their joint norm exceeds a bound.
+
+    Args:
+        gradients: the gradients.
+        places: of each variable; those of one place are scaled together.
+        bounds: of the norm at each place, scalars, positive or infinite.
+    """
+    lengths: dict[Any, Length] = {}
+    for place in bounds:
+        members = gradients._subset([i for i, p in enumerate(places) if p == place])
+        members = gradients if len(members) == len(gradients) else members
+        lengths[place] = members._length_and_finite()[0]
+    present = [p for g, p in zip(gradients.values(), places, strict=True) if g is not None]
+
+    def scaled(values: list[tf.Tensor]) -> list[tf.Tensor]:
+        return shortened(values, [lengths[p] for p in present], [bounds[p] for p in present])
+
+    return gradients._with_stored(scaled)
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -40,16 +79,14 @@ class GlobalNormClipping(GradientHook):
     ```
     """
 
-    max_norm = Number(above=0)
+    max_norm = bound()
 
     def __init__(self, max_norm: Any, targets: Targets = None, name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
         self.max_norm = max_norm
 
     def apply(self, gradients: Gradients) -> Gradients:
-        max_norm = self.max_norm
-        norm = tf.cast(gradients.global_norm(), tf.float32)
-        return gradients.scale(max_norm / tf.maximum(norm, max_norm))
+        return shorten(gradients, [None] * len(gradients), {None: self.max_norm})
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -83,7 +120,7 @@ class NormClipping(GradientHook):
     ```
     """
 
-    max_norm = Number(above=0)
+    max_norm = bound()
 
     def __init__(
         self,
@@ -97,17 +134,8 @@ class NormClipping(GradientHook):
         self.per_layer = check_bool("per_layer", per_layer)
 
     def apply(self, gradients: Gradients) -> Gradients:
-        max_norm = self.max_norm
-        variables = gradients.variables
-        places = [self.layer(v) if self.per_layer else id(v) for v in variables]
-
-        def factor(place: Any) -> tf.Tensor:
-            members = [v for v, p in zip(variables, places, strict=True) if p == place]
-            norm = tf.cast(gradients.select(members).global_norm(), tf.float32)
-            return max_norm / tf.maximum(norm, max_norm)
-
-        factors = {place: factor(place) for place in dict.fromkeys(places)}
-        return gradients.map(_times, [factors[place] for place in places], keeps_zero=True)
+        places = [self.layer(v) if self.per_layer else id(v) for v in gradients.variables]
+        return shorten(gradients, places, dict.fromkeys(places, self.max_norm))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -135,7 +163,7 @@ class ValueClipping(GradientHook):
     ```
     """
 
-    max_value = Number(above=0)
+    max_value = bound()
 
     def __init__(self, max_value: Any, targets: Targets = None, name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
@@ -143,12 +171,7 @@ class ValueClipping(GradientHook):
 
     def apply(self, gradients: Gradients) -> Gradients:
         max_value = self.max_value
-
-        def clip(gradient: tf.Tensor) -> tf.Tensor:
-            bound = tf.cast(max_value, gradient.dtype)
-            return tf.clip_by_value(gradient, -bound, bound)
-
-        return gradients.map(clip, keeps_zero=True)
+        return gradients._with_stored(lambda values: clamped(values, max_value))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -176,7 +199,7 @@ class BlockRMSClipping(GradientHook):
     ```
     """
 
-    max_rms = Number(above=0)
+    max_rms = bound()
 
     def __init__(self, max_rms: Any, targets: Targets = None, name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
@@ -184,21 +207,13 @@ class BlockRMSClipping(GradientHook):
 
     def apply(self, gradients: Gradients) -> Gradients:
         max_rms = self.max_rms
-
-        def clip(gradient: tf.Tensor, variable: Any) -> tf.Tensor:
-            size = float(variable.shape.num_elements())
-            rms = tf.cast(joint_norm([gradient]), tf.float32) / size**0.5
-            return _times(gradient, 1.0 / tf.maximum(1.0, rms / max_rms))
-
-        sizes = [_Size(v) for v in gradients.variables]
-        return gradients.map(clip, sizes, keeps_zero=True)
+        # As a bound on the norm: `rms(g) = ‖g‖ / sqrt(n)`, with n elements.
+        bounds = {id(v): max_rms * _root_of_size(v) for v in gradients.variables}
+        return shorten(gradients, list(bounds), bounds)
 
 
-class _Size:
-    """A variable's shape, without the variable's values."""
-
-    def __init__(self, variable: Any) -> None:
-        self.shape = tf.TensorShape(variable.shape)
+def _root_of_size(variable: Any) -> float:
+    return math.sqrt(max(math.prod(variable.shape), 1))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -231,7 +246,7 @@ class AdaptiveClipping(GradientHook):
     ```
     """
 
-    max_ratio = Number(above=0)
+    max_ratio = bound()
 
     def __init__(
         self, max_ratio: Any = 0.01, targets: Targets = None, name: str | None = None
@@ -243,16 +258,12 @@ class AdaptiveClipping(GradientHook):
         max_ratio = self.max_ratio
 
         def clip(gradient: tf.Tensor, weights: Any, axes: Sequence[int]) -> tf.Tensor:
-            weights = tf.convert_to_tensor(weights)
-            bound = max_ratio * tf.cast(tf.maximum(axes_norm(weights, axes), 1e-3), tf.float32)
-            norm = tf.cast(axes_norm(gradient, axes), tf.float32)
-            return _times(gradient, tf.where(norm > bound, bound / norm, 1.0))
+            sizes = tf.maximum(axes_norm(tf.convert_to_tensor(weights), axes), 1e-3)
+            bounds = max_ratio * tf.cast(sizes, tf.float64)
+            root = root_of_factor(axes_length(gradient, axes), bounds)
+            product = tf.cast(times_twice(wide(gradient), root), gradient.dtype)
+            return tf.where(root < 1.0, product, gradient)
 
         axes = [tuple(self.unit(v).axes) for v in gradients.variables]
         by_row = [0 not in a for a in axes]
         return gradients.map(clip, gradients.variables, axes, keeps_zero=by_row)
-
-
-def _times(gradient: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    product = wide(gradient) * tf.cast(factor, wide(gradient).dtype)
-    return tf.cast(product, gradient.dtype)

@@ -61,9 +61,9 @@ class Freezing(FreezingSchedule):
             on `variable.path`, or a list of these.
         epochs: how long. An integer n: the first n epochs, 0 to n − 1. A pair
             `(start, stop)`: epochs start to stop − 1. `None`: all epochs.
-        steps: the same in updates made by the optimizer, over all calls of `fit`; give
-            one of the two. With `steps_per_execution=K` a range begins and ends with
-            an execution.
+        steps: the same in training steps, over all calls of `fit`; give one of the two.
+            Skipped steps do not count. With `steps_per_execution=K` a range begins and
+            ends with an execution.
         name: the hook's name.
 
     Raises:
@@ -77,6 +77,8 @@ class Freezing(FreezingSchedule):
     model.fit(x, y, epochs=5)       # the backbone trains from the third epoch on
     ```
     """
+
+    keeps_state = ("epochs", "steps")
 
     def __init__(
         self,

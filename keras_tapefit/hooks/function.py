@@ -1,5 +1,6 @@
 """Functions as hooks."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class LambdaHook(GradientHook):
         name: the hook's name.
 
     Raises:
-        TypeError: when `fn` cannot be called.
+        TypeError: when `fn` cannot be called with two arguments.
         ValueError: while training, when `fn` returns another shape.
 
     Example:
@@ -41,6 +42,7 @@ class LambdaHook(GradientHook):
             raise TypeError(
                 f"`fn` must be a function of `(gradient, variable)`. Received: fn={fn!r}."
             )
+        _check_takes_two(fn)
         super().__init__(targets=targets, name=name)
         self.fn = fn
 
@@ -62,3 +64,22 @@ class LambdaHook(GradientHook):
                 f"{tuple(variable.shape)}. Received: shape {tuple(result.shape)}."
             )
         return result
+
+
+def _check_takes_two(fn: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # of some functions that are not written in Python
+        return
+    try:
+        signature.bind(None, None)
+        # As `tf.sign(x, name=None)`: the name of an operation is no variable.
+        takes_two = list(signature.parameters)[1:2] != ["name"]
+    except TypeError:
+        takes_two = False
+    if not takes_two:
+        raise TypeError(
+            "A function as a hook is called with two arguments, `(gradient, variable)`. "
+            f"Received: {fn!r}, which takes {signature}. Write "
+            "`lambda gradient, variable: ...`."
+        )

@@ -1,5 +1,6 @@
 """Gates: steps, or elements, that are not to be applied."""
 
+import math
 from typing import Any
 
 import keras
@@ -10,7 +11,7 @@ from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.gradients.sparse import values_of
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.statistics import Moments
+from keras_tapefit.hooks.statistics import Moments, finite_norm
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -42,6 +43,7 @@ class SkipNonFinite(GradientHook):
     """
 
     may_skip_steps = True
+    keeps_state = ("max_consecutive",)
 
     def __init__(
         self,
@@ -50,25 +52,15 @@ class SkipNonFinite(GradientHook):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
+        if max_consecutive is not None:
+            check_count("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
-
-    @property
-    def max_consecutive(self) -> int | None:
-        """After how many skipped steps in a row `fit` stops; `None`: never."""
-        return self._max_consecutive
-
-    @max_consecutive.setter
-    def max_consecutive(self, value: int | None) -> None:
-        if value is not None:
-            check_count("max_consecutive", value)
-        self._max_consecutive = value
-        self._structure += 1
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:
             return self.add_variable(dtype="int64", name=name, kept_when_skipped=True)
 
-        self._watched = list(variables)
+        self._watched = [variable_path(variable) for variable in variables]
         self._consecutive = counter("consecutive")
         self._seen = counter("steps_seen")
         # Of the step that began the present run of skipped ones:
@@ -79,7 +71,7 @@ class SkipNonFinite(GradientHook):
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
-        bad = ~gradients._norm_and_finite()[1]
+        bad = ~gradients._length_and_finite()[1]
         if self.max_consecutive is not None:
             self._count(bad, present)
         self._seen.assign(self._seen.value + 1)
@@ -102,7 +94,7 @@ class SkipNonFinite(GradientHook):
         self._first_variable.assign(first)
         self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
         # A count that stops `fit` stays until it is looked at.
-        kept = tf.where(count >= self._max_consecutive, count, 0)
+        kept = tf.where(count >= self.max_consecutive, count, 0)
         self._consecutive.assign(tf.where(bad, count + 1, kept))
 
     def check_state(self) -> None:
@@ -111,7 +103,7 @@ class SkipNonFinite(GradientHook):
         consecutive = int(self._consecutive.numpy())
         if consecutive < self.max_consecutive:
             return
-        path = variable_path(self._watched[int(self._first_variable.numpy())])
+        path = self._watched[int(self._first_variable.numpy())]
         step = int(self._first_step.numpy())
         self._consecutive.assign(0)
         raise FloatingPointError(
@@ -160,8 +152,9 @@ class SkipSpikes(GradientHook):
     """
 
     may_skip_steps = True
-    max_zscore = Number(above=0)
-    momentum = Number(minimum=0, maximum=1)
+    keeps_state = ("patience",)
+    max_zscore = Number(above=0, neutral=math.inf)
+    momentum = Number(minimum=0, maximum=1, neutral=1)
 
     def __init__(
         self,
@@ -192,9 +185,11 @@ class SkipSpikes(GradientHook):
         self._skipped = self.add_variable(dtype="int32", name="skipped", kept_when_skipped=True)
 
     def apply(self, gradients: Gradients) -> Gradients:
-        value = self.loss if self.monitor == "loss" else gradients.global_norm()
-        value = tf.cast(value, tf.float32)
-        finite = tf.math.is_finite(value)
+        if self.monitor == "loss":
+            value = tf.cast(self.loss, tf.float32)
+            finite = tf.math.is_finite(value)
+        else:
+            value, finite = finite_norm(gradients)
         is_high = self._moments.ready & (self._moments.zscore(value) > self.max_zscore)
         bad = ~finite | (is_high & (self._skipped.value < self.patience))
         self._moments.add(value, self.momentum, when=finite)

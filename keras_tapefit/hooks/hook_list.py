@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
-from keras_tapefit.gradients import Gradients, variable_path
+from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
+from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.function import LambdaHook
 from keras_tapefit.hooks.step import Step, running
@@ -17,8 +20,10 @@ from keras_tapefit.hooks.step import Step, running
 class HookList(MutableSequence[GradientHook]):
     """The gradient hooks of a model, in the order in which they are applied.
 
-    A mutable sequence whose elements can also be named. What is changed after a `fit`,
-    or in the middle of one, takes effect with the next step.
+    A mutable sequence whose elements can also be named. A hook keeps its name as long as
+    it is in the list, wherever it moves to, and in what is saved. What is changed after a
+    `fit`, or in the middle of one, takes effect with the next step. A change that is
+    refused leaves the list and all hooks as they were.
 
     Example:
 
@@ -32,8 +37,7 @@ class HookList(MutableSequence[GradientHook]):
 
     def __init__(self, hooks: Iterable[Any] = ()) -> None:
         self._hooks: list[GradientHook] = []
-        for hook in hooks:
-            self.append(hook)
+        self.extend(hooks)
 
     def add(self, hook: Any, index: int | None = None) -> GradientHook:
         """Adds a hook, at the end or at `index`, and returns it.
@@ -51,15 +55,62 @@ class HookList(MutableSequence[GradientHook]):
         return hook
 
     def insert(self, index: int, value: Any) -> None:
+        place = operator.index(index)
         hook = as_hook(value)
-        if hook._registered_name is not None:
+        _check_is_free(hook)
+        hook._check_arguments()
+        name = _unique_name(hook, {other.name for other in self._hooks})
+        self._hooks.insert(place, hook)
+        _take_in(hook, name)
+
+    def extend(self, values: Iterable[Any]) -> None:
+        hooks = [as_hook(value) for value in values]
+        for hook in hooks:
+            _check_is_free(hook)
+        self._set_all([*self._hooks, *hooks])
+
+    def register(
+        self,
+        hook: Any,
+        targets: Targets = None,
+        name: str | None = None,
+        variables: Sequence[Any] = (),
+    ) -> HookHandle:
+        """Adds a hook at the end, with targets and a name, and returns its handle.
+
+        Args:
+            hook: a `GradientHook`, or a function of `(gradient, variable)`.
+            targets: the variables it is for; `None`: as the hook says.
+            name: of the hook; `None`: as the hook says.
+            variables: of the model, which the targets have to match; none where they are
+                not known yet.
+
+        Raises:
+            TypeError: when an argument is of the wrong type.
+            ValueError: when a target matches none of `variables`, the hook is in a list
+                already, or its name is.
+        """
+        hook = as_hook(hook)
+        check_targets(targets)
+        if targets is not None and hook.targets is not None:
             raise ValueError(
-                f"The hook {hook.name!r} belongs to a model already. Remove it there "
-                "first, or make another: "
-                f"`{type(hook).__name__}.from_config(hook.get_config())`."
+                f"The hook {hook.name!r} has `targets` of its own. Pass them in one place only."
             )
-        hook._registered_name = _unique_name(hook, {other.name for other in self._hooks})
-        self._hooks.insert(index, hook)
+        if name is not None and not (isinstance(name, str) and name):
+            raise TypeError(f"`name` must be a string. Received: name={name!r}.")
+        _check_is_free(hook)
+        if variables:
+            matching(hook.targets if targets is None else targets, variables)
+        before = dict(vars(hook))
+        try:
+            hook._name = name or hook._name
+            if targets is not None:
+                hook.targets = targets
+            self.append(hook)
+        except Exception:
+            vars(hook).update(before)
+            raise
+        return HookHandle(self, hook)
 
     def remove(self, value: Any) -> None:
         """Removes a hook, given itself or its name.
@@ -99,29 +150,56 @@ class HookList(MutableSequence[GradientHook]):
             return
         position = self._position(key) if isinstance(key, str) else range(len(self))[key]
         hook = as_hook(value)
-        replaced = self._hooks[position]
-        if hook is replaced:
+        if hook is self._hooks[position]:
             return
-        del self[position]
-        try:
-            self.insert(position, hook)
-        except Exception:
-            self.insert(position, replaced)
-            raise
+        _check_is_free(hook)
+        self._set_all([*self._hooks[:position], hook, *self._hooks[position + 1 :]])
 
     def __delitem__(self, key: Any) -> None:
         if isinstance(key, str):
             key = self._position(key)
         for hook in self._hooks[key] if isinstance(key, slice) else [self._hooks[key]]:
-            hook._registered_name = None
+            hook._leave()
         del self._hooks[key]
 
     def reverse(self) -> None:
         self._hooks.reverse()
 
     def __repr__(self) -> str:
-        names = ", ".join(f"{h.name!r}: {type(h).__name__}" for h in self._hooks)
-        return f"HookList({names})"
+        lines = (f"\n  {hook.name!r}: {hook!r}," for hook in self._hooks)
+        return "HookList(" + "".join(lines) + ("\n)" if self._hooks else ")")
+
+    def __copy__(self) -> HookList:
+        copies = [hook.__copy__() for hook in self._hooks]
+        for copied, hook in zip(copies, self._hooks, strict=True):
+            copied._saved_name = hook.name
+        return HookList(copies)
+
+    def __deepcopy__(self, memo: Any) -> HookList:
+        return self.__copy__()
+
+    def serialize(self) -> list[dict[str, Any]]:
+        """Returns each hook as a config holds it, with the name that it has here."""
+        return [
+            {"name": hook.name, "hook": keras.saving.serialize_keras_object(hook)}
+            for hook in self._hooks
+        ]
+
+    @classmethod
+    def deserialize(cls, configs: Iterable[Any]) -> HookList:
+        """Returns the list that `serialize` described; hooks without a name get one."""
+        return cls([keras.saving.deserialize_keras_object(config) for config in configs])
+
+    def check(self, hooks: Any) -> list[GradientHook]:
+        """Returns the hooks that `set` would set, and changes nothing.
+
+        Raises:
+            TypeError: when `hooks` is no list, or holds something else.
+            ValueError: when a hook is in it twice or in another list, or a name is.
+        """
+        checked = check_hooks(hooks)
+        self._names_of(checked)
+        return checked
 
     def set(self, hooks: Any) -> None:
         """Replaces all hooks; hooks that stay keep their state.
@@ -130,11 +208,22 @@ class HookList(MutableSequence[GradientHook]):
             hooks: a list or tuple of hooks and functions.
 
         Raises:
-            TypeError: when `hooks` is no list, or holds something else.
+            TypeError, ValueError: see `check`.
         """
         self._set_all(check_hooks(hooks))
 
     def _set_all(self, hooks: Sequence[GradientHook]) -> None:
+        names = self._names_of(hooks)
+        stay = {id(hook) for hook in hooks}
+        for hook in self._hooks:
+            if id(hook) not in stay:
+                hook._leave()
+        for hook, name in zip(hooks, names, strict=True):
+            _take_in(hook, name)
+        self._hooks = list(hooks)
+
+    def _names_of(self, hooks: Sequence[GradientHook]) -> list[str]:
+        """Returns the names of hooks that are to be the list."""
         if len({id(hook) for hook in hooks}) < len(hooks):
             raise ValueError("A hook can be in the list of hooks only once.")
         stay = {id(hook) for hook in self._hooks}
@@ -146,14 +235,12 @@ class HookList(MutableSequence[GradientHook]):
             )
         # A hook that stays keeps its name: its state is saved under it.
         names = {id(hook): hook.name for hook in hooks if id(hook) in stay}
-        for hook in hooks:
+        # So do hooks that come from a file, whatever stands before them.
+        for hook in sorted(hooks, key=lambda hook: hook._saved_name is None):
             if id(hook) not in stay:
+                hook._check_arguments()
                 names[id(hook)] = _unique_name(hook, set(names.values()))
-        for hook in self._hooks:
-            hook._registered_name = None
-        for hook in hooks:
-            hook._registered_name = names[id(hook)]
-        self._hooks = list(hooks)
+        return [names[id(hook)] for hook in hooks]
 
     def _position(self, key: Any) -> int:
         for position, hook in enumerate(self._hooks):
@@ -287,12 +374,20 @@ class HookHandle:
 
 
 def as_hook(value: Any) -> GradientHook:
-    """Returns a hook as it is, and a function as a `LambdaHook`."""
+    """Returns a hook as it is, a function as a `LambdaHook`, a saved one with its name."""
     if isinstance(value, GradientHook):
         return value
-    if callable(value) and not isinstance(value, type):
+    if isinstance(value, dict) and value.keys() == {"name", "hook"}:
+        hook = as_hook(value["hook"])
+        hook._saved_name = value["name"]
+        return hook
+    hint = ""
+    if isinstance(value, keras.callbacks.Callback):
+        hint = " This is a Keras callback: pass it to `fit(callbacks=[...])`."
+    elif isinstance(value, type):
+        hint = f" Did you mean `{value.__name__}(...)`?"
+    elif callable(value):
         return LambdaHook(value)
-    hint = f" Did you mean `{value.__name__}(...)`?" if isinstance(value, type) else ""
     raise TypeError(
         "A gradient hook must be a `GradientHook` or a function of "
         f"`(gradient, variable)`.{hint} Received: {value!r} (of type "
@@ -303,14 +398,42 @@ def as_hook(value: Any) -> GradientHook:
 def check_hooks(value: Any) -> list[GradientHook]:
     """Returns a list of hooks, made of a list of hooks and functions."""
     if not isinstance(value, list | tuple | HookList):
+        hint = ""
+        if isinstance(value, GradientHook) or callable(value):
+            hint = "Put it in brackets: `gradient_hooks=[hook]`. "
         raise TypeError(
-            "`gradient_hooks` must be a list of gradient hooks. "
+            f"`gradient_hooks` must be a list of gradient hooks. {hint}"
             f"Received: {value!r} (of type {type(value).__name__})."
         )
     return [as_hook(hook) for hook in value]
 
 
+def check_callbacks(callbacks: Any) -> None:
+    """Raises `TypeError` where a hook is among the callbacks of `fit`."""
+    for value in keras.tree.flatten(callbacks):
+        is_class = isinstance(value, type) and issubclass(value, GradientHook)
+        if is_class or isinstance(value, GradientHook | HookList):
+            raise TypeError(
+                f"{value!r} is a gradient hook and no callback. Pass it to "
+                "`compile(gradient_hooks=[...])` or `model.register_gradient_hook(...)`."
+            )
+
+
+def _check_is_free(hook: GradientHook) -> None:
+    if hook._registered_name is not None:
+        raise ValueError(
+            f"The hook {hook.name!r} belongs to a model already. Remove it there first, or "
+            "make another: `copy.copy(hook)`."
+        )
+
+
+def _take_in(hook: GradientHook, name: str) -> None:
+    hook._registered_name, hook._saved_name = name, None
+
+
 def _unique_name(hook: GradientHook, taken: set[str]) -> str:
+    if hook._saved_name is not None and hook._saved_name not in taken:
+        return hook._saved_name
     base = hook._name or hook._default_name()
     if base not in taken:
         return base

@@ -40,7 +40,7 @@ class LearningRateMultiplier(GradientHook):
     ```
     """
 
-    factor = Number(minimum=0)
+    factor = Number(minimum=0, neutral=1, dtype="float64")
 
     def __init__(self, factor: Any, targets: Targets = None, name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)

@@ -60,6 +60,8 @@ class GradientMonitor(GradientHook):
     ```
     """
 
+    keeps_state = ("per_variable",)
+
     def __init__(
         self,
         per_variable: bool = False,
@@ -79,17 +81,14 @@ class GradientMonitor(GradientHook):
         return self.validation
 
     def build(self, variables: Sequence[Any]) -> None:
-        watched = variables if self.validation else []
-        self._means = [
-            self.add_variable(shape=tuple(v.shape), name=f"mean_{i}") for i, v in enumerate(watched)
-        ]
+        self._means = self.add_variables(variables if self.validation else [], name="mean")
 
     def apply(self, gradients: Gradients) -> Gradients:
         self._report_norms(gradients)
         if self.validation:
             for gradient, variable in gradients.pairs():
                 if gradient is not None:
-                    mean = self._means[self.place(variable)]
+                    mean = self._means[variable]
                     new = tf.cast(to_dense(gradient), tf.float32)
                     mean.assign(_MOMENTUM * mean.value + (1.0 - _MOMENTUM) * new)
         return gradients
@@ -98,7 +97,7 @@ class GradientMonitor(GradientHook):
         self._report_norms(gradients)
         present = [(to_dense(g), v) for g, v in gradients.pairs() if g is not None]
         found = [tf.cast(gradient, tf.float32) for gradient, _ in present]
-        means = [tf.convert_to_tensor(self._means[self.place(v)].value) for _, v in present]
+        means = [tf.convert_to_tensor(self._means[v].value) for _, v in present]
         self.report(f"{self._entry}_cosine", _cosine(found, means))
 
     @property

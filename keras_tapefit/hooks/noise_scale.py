@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.step import Parts, Report
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -53,7 +53,7 @@ class NoiseScale(GradientHook):
     """
 
     uses_parts = True
-    momentum = Number(minimum=0, maximum=1)
+    momentum = Number(minimum=0, maximum=1, neutral=1)
 
     def __init__(self, momentum: Any = 0.99, name: str | None = None) -> None:
         super().__init__(name=name)
@@ -83,6 +83,7 @@ class NoiseScale(GradientHook):
                 "and there are none. Pass `micro_batches=2` or more to `compile`, or train "
                 "under a strategy of several replicas."
             )
+        parts = Parts(*(tf.cast(part, tf.float32) for part in parts))
         noise = (parts.square_norm - parts.whole_square_norm) / (
             parts.inverse - parts.whole_inverse
         )

@@ -32,7 +32,7 @@ class GradientScaling(GradientHook):
     ```
     """
 
-    factor = Number()
+    factor = Number(neutral=1, dtype="float64")
 
     def __init__(self, factor: Any, targets: Targets = None, name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
@@ -74,8 +74,8 @@ class GradientNoise(GradientHook):
     ```
     """
 
-    stddev = Number(minimum=0)
-    decay = Number(minimum=0)
+    stddev = Number(minimum=0, neutral=0)
+    decay = Number(minimum=0, neutral=0)
 
     def __init__(
         self,
@@ -106,7 +106,9 @@ class GradientNoise(GradientHook):
         def add_noise(gradient: tf.Tensor, variable: Any) -> tf.Tensor:
             stream = self._streams.value[self.place(variable)]
             noise = draws.normal(variable.shape, (stream, self.step))
-            return gradient + tf.cast(stddev * noise, gradient.dtype)
+            noisy = gradient + tf.cast(stddev * noise, gradient.dtype)
+            # Not a sum with 0: it loses the smallest floats.
+            return tf.where(stddev > 0.0, noisy, gradient)
 
         return gradients.map(add_noise, gradients.variables)
 

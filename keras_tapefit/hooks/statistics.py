@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.base import GradientHook
+
+
+def finite_norm(gradients: Gradients) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the global norm, scalar float32, and whether all elements are finite.
+
+    Of finite elements it is at most the largest float.
+    """
+    norm, (_, finite) = gradients.global_norm(), gradients._length_and_finite()
+    norm = tf.cast(norm, tf.float32)
+    return tf.where(finite, tf.minimum(norm, tf.float32.max), norm), finite
 
 
 class Moments:

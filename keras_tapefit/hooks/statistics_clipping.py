@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -10,8 +11,9 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients, Targets
 from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.hooks.base import GradientHook
+from keras_tapefit.hooks.clipping import shorten
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.statistics import Moments
+from keras_tapefit.hooks.statistics import Moments, finite_norm
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -23,8 +25,9 @@ class PercentileClipping(GradientHook):
     smaller ones.
 
     Formula: the norm `‖g‖` joins the history, `η` is the percentile of the history with
-    linear interpolation, `g ← g · min(1, η / ‖g‖)`. A norm that is not finite does not
-    join, and its gradients are left as they are, for a gate to see.
+    linear interpolation, `g ← g · min(1, η / ‖g‖)`. Where `η` is 0, after gradients of
+    zero, nothing is clipped. A norm of elements that are not finite does not join, and
+    its gradients are left as they are, for a gate to see.
 
     Reference: Seetharaman et al., 2020, "AutoClip: adaptive gradient clipping for source
     separation networks", arXiv:2007.14469.
@@ -45,7 +48,7 @@ class PercentileClipping(GradientHook):
     ```
     """
 
-    percentile = Number(minimum=0, maximum=100)
+    percentile = Number(minimum=0, maximum=100, neutral=100)
 
     def __init__(
         self,
@@ -64,8 +67,7 @@ class PercentileClipping(GradientHook):
         self._count = self.add_variable(dtype="int64", name="count")
 
     def apply(self, gradients: Gradients) -> Gradients:
-        norm = tf.cast(gradients.global_norm(), tf.float32)
-        joins = tf.math.is_finite(norm)
+        norm, joins = finite_norm(gradients)
         places = tf.range(self.history, dtype=tf.int64)
         here = joins & (places == self._count.value % self.history)
         norms = tf.where(here, norm, self._norms.value)
@@ -73,7 +75,8 @@ class PercentileClipping(GradientHook):
         self._norms.assign(norms)
         self._count.assign(count)
         bound = _percentile(norms, tf.minimum(count, self.history), self.percentile)
-        return gradients.scale(tf.where(joins & (norm > bound), bound / norm, 1.0))
+        clips = joins & (norm > bound) & (bound > 0.0)
+        return shorten(gradients, [None] * len(gradients), {None: tf.where(clips, bound, math.inf)})
 
 
 def _percentile(values: tf.Tensor, num_values: tf.Tensor, percentile: tf.Tensor) -> tf.Tensor:
@@ -98,8 +101,9 @@ class ZScoreClipping(GradientHook):
     Formula: the norms `n` of the warm-up give mean `μ` and variance `σ²`. Afterwards
     `z = (n − μ) / (σ + 1e-6)`; where `z > z_max` the norm becomes
     `n' = μ + z_max² · σ / z`, else `n' = n`; then `μ ← αμ + (1 − α)n'` and
-    `σ² ← ασ² + (1 − α)(n' − μ)²`. Nothing is clipped in the warm-up. A norm that is not
-    finite changes no statistics, and its gradients are left as they are.
+    `σ² ← ασ² + (1 − α)(n' − μ)²`. Nothing is clipped in the warm-up, nor where `n'` would
+    be 0. A norm of elements that are not finite changes no statistics, and its gradients
+    are left as they are.
 
     Reference: Kumar et al., 2025, "ZClip: adaptive spike mitigation for LLM
     pre-training", arXiv:2504.02507.
@@ -121,8 +125,8 @@ class ZScoreClipping(GradientHook):
     ```
     """
 
-    max_zscore = Number(above=0)
-    momentum = Number(minimum=0, maximum=1)
+    max_zscore = Number(above=0, neutral=math.inf)
+    momentum = Number(minimum=0, maximum=1, neutral=1)
 
     def __init__(
         self,
@@ -143,11 +147,10 @@ class ZScoreClipping(GradientHook):
 
     def apply(self, gradients: Gradients) -> Gradients:
         moments, max_zscore = self._moments, self.max_zscore
-        norm = tf.cast(gradients.global_norm(), tf.float32)
+        norm, finite = finite_norm(gradients)
         zscore = moments.zscore(norm)
-        is_outlier = moments.ready & (zscore > max_zscore) & tf.math.is_finite(norm)
         bound = moments.mean + tf.square(max_zscore) * (moments.stddev / zscore)
-        kept = tf.where(is_outlier, bound, norm)
-        moments.add(kept, self.momentum, when=tf.math.is_finite(norm))
-        factor = tf.minimum(1.0, kept / (norm + 1e-6))
-        return gradients.scale(tf.where(is_outlier, factor, 1.0))
+        is_outlier = moments.ready & (zscore > max_zscore) & finite & (bound > 0.0)
+        moments.add(tf.where(is_outlier, bound, norm), self.momentum, when=finite)
+        bounds = {None: tf.where(is_outlier, bound, math.inf)}
+        return shorten(gradients, [None] * len(gradients), bounds)

@@ -9,10 +9,8 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation
-from keras_tapefit.gradients import Targets, matching
-from keras_tapefit.gradients.targets import check_targets
+from keras_tapefit.gradients import Targets
 from keras_tapefit.hooks import HookHandle
-from keras_tapefit.hooks.hook_list import as_hook
 from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.runtime import Runtime
 
@@ -76,9 +74,7 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
     """Returns the arguments as a config holds them, those at their default left out."""
     config: dict[str, Any] = {}
     if runtime.hooks:
-        config["gradient_hooks"] = [
-            keras.saving.serialize_keras_object(hook) for hook in runtime.hooks
-        ]
+        config["gradient_hooks"] = runtime.hooks.serialize()
     if type(runtime.backward) is not Backpropagation:
         config["backward"] = keras.saving.serialize_keras_object(runtime.backward)
     if runtime.micro_batches != 1:
@@ -93,19 +89,4 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
 
 def register(runtime: Runtime, hook: Any, targets: Targets, name: str | None) -> HookHandle:
     """Adds a hook to a model's list; see `TapeModel.register_gradient_hook`."""
-    hook = as_hook(hook)
-    check_targets(targets)
-    if targets is not None and hook.targets is not None:
-        raise ValueError(
-            f"The hook {hook.name!r} has `targets` of its own. Pass them in one place only."
-        )
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"`name` must be a string. Received: name={name!r}.")
-    if hook._registered_name is None:
-        hook.targets = hook.targets if targets is None else targets
-        hook._name = hook._name if name is None else name
-    candidates = runtime.candidates()
-    if candidates:
-        matching(hook.targets, candidates)
-    runtime.hooks.append(hook)
-    return HookHandle(runtime.hooks, hook)
+    return runtime.hooks.register(hook, targets, name, runtime.candidates())

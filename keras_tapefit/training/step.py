@@ -128,7 +128,8 @@ class Step:
                 logs = {k: tracked.get(k, v) for k, v in logs.items()}
         if self.updated:
             if self._reports or self._rejects:
-                log(runtime.entries, self._reports, accepted, self._rejects)
+                taken = {"loss", *(metric.name for metric in runtime.model.metrics)}
+                log(runtime.entries, self._reports, accepted, self._rejects, taken)
             runtime.count_step(accepted)
             if self._record is not None:
                 self._record.write(self._loss)
@@ -214,17 +215,17 @@ def close_windows(runtime: Runtime) -> None:
     """Makes an update of the steps that are left over at the end of an epoch."""
     for optimizer, window in runtime.open_windows():
         # What is frozen by now keeps its value.
-        variables = window.trained(runtime.candidates())
-        calls = window.known_calls()
-        key = id(window), window.structure(), tuple(map(id, variables))
+        calls = {c: window.trained(c, runtime.candidates()) for c in window.known_calls()}
+        trained = tuple(id(v) for variables in calls.values() for v in variables)
         runtime.run_once(
-            key, functools.partial(_close_all, runtime, window, calls, variables, optimizer)
+            (id(window), window.structure(), trained),
+            functools.partial(_close_all, runtime, window, calls, optimizer),
         )
 
 
 def _close_all(
-    runtime: Runtime, window: Window, calls: list[int], variables: list[Any], optimizer: Any
+    runtime: Runtime, window: Window, calls: dict[int, list[Any]], optimizer: Any
 ) -> None:
     where = (runtime.entries, runtime.recording.records)
-    for call in calls:
+    for call, variables in calls.items():
         close(window, call, False, variables, optimizer, runtime.hooks, *where)

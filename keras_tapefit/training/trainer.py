@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_tapefit.backward.base import Computed, Quotient, check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
-from keras_tapefit.hooks.hook_list import check_hooks
+from keras_tapefit.hooks.hook_list import check_callbacks
 from keras_tapefit.training import (
     building,
     compile_arguments,
@@ -122,7 +122,8 @@ class TapeTrainer:
         model.compile("adam", "mse", gradient_hooks=[hooks.GlobalNormClipping(1.0)])
         ```
         """
-        new_hooks = None if gradient_hooks is None else check_hooks(gradient_hooks)
+        checked = runtime_of(self).hooks.check
+        new_hooks = None if gradient_hooks is None else checked(gradient_hooks)
         new_backward = None if backward is None else check_backward(backward)
         compile_arguments.check(self, jit_compile, micro_batches)
         # An optimizer given by name is made here, and belongs to the strategy.
@@ -468,6 +469,7 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
 
 
 def _with_clock(callbacks: Any, clock: Clock) -> Any:
+    check_callbacks(callbacks)
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.append(clock)
         return callbacks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,7 +233,11 @@ def close(
 
 
 def log(
-    entries: Reports, reports: Sequence[Report], accepted: tf.Tensor | None, rejects: bool
+    entries: Reports,
+    reports: Sequence[Report],
+    accepted: tf.Tensor | None,
+    rejects: bool,
+    taken: Collection[str] = (),
 ) -> None:
     """Adds the log entries of one step to the epoch's means.
 
@@ -242,13 +246,14 @@ def log(
         reports: what the hooks report.
         accepted: scalar bool; `None`: the step is accepted.
         rejects: whether steps can be rejected, and are counted.
+        taken: the names of the model's own log entries.
     """
     reports = list(reports)
     if rejects:
         skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
         reports.append(Report(None, "skipped_steps", skipped, "sum"))
     if reports:
-        entries.add(reports, accepted)
+        entries.add(reports, accepted, taken)
 
 
 def _dense(gradients: Gradients) -> list[tf.Tensor]:

@@ -77,17 +77,19 @@ class Window:
         found.update((f"sum.{q}.{self._places[key]}", v) for (q, key), v in self._further.items())
         return found
 
-    def trained(self, candidates: Sequence[Any]) -> list[Any]:
-        """Returns the variables that the window may have gradients of and that are trained.
+    def trained(self, call: int, candidates: Sequence[Any]) -> list[Any]:
+        """Returns the variables that a call has given gradients of and that are trained.
 
         Args:
+            call: its number in the step.
             candidates: the model's variables; those of steps are known besides.
         """
         for variable in candidates:
             place = self._places.get(id(_value(variable)))
             if place is not None:
                 self._objects.setdefault(place, variable)
-        variables = [self._objects[place] for place in sorted(self._objects)]
+        places = sorted(p for p in self._objects if self._known.get(p) == call)
+        variables = [self._objects[place] for place in places]
         return [v for v in variables if getattr(v, "trainable", True)]
 
     def structure(self) -> Any:

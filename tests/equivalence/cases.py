@@ -81,9 +81,11 @@ _OF_PARTS = {
     "ProjectedConflicts": "the conflicts are those of each part",
     "PerExampleClipping": "refused, since its `chunk_size` bounds the memory already",
 }
+_MORE_PARTS = {"NoiseScale": "there are other parts, so it is another estimate"}
 # Accumulated gradients are of batches, and it is a batch that is bad.
 _OF_WINDOWS = {
     **_OF_PARTS,
+    **_MORE_PARTS,
     "PerExampleClipping": "each batch is a lot with noise of its own",
     "SkipNonFinite": "a bad batch costs itself, and not the window that it is in",
     "SkipSpikes": "of a window that is rejected the metrics of its earlier batches count",
@@ -113,7 +115,12 @@ MODES = [
     Mode("eager", {"run_eagerly": True}),
     Mode("XLA", {"jit_compile": True}, everyday=True),
     Mode("3 steps per execution", {"steps_per_execution": 3, "jit_compile": False}),
-    Mode("2 replicas", strategy=lambda: mirrored(2).scope(), everyday=True),
+    Mode(
+        "2 replicas",
+        strategy=lambda: mirrored(2).scope(),
+        leaves_out=_MORE_PARTS,
+        everyday=True,
+    ),
     Mode("loss scale", {"jit_compile": False}, optimizer=_loss_scale),
     Mode("update in XLA", {"jit_compile": "update"}),
     Mode(
@@ -125,7 +132,11 @@ MODES = [
             "AdaptiveClipping": "a row of an embedding is a unit, one of a weight is not",
         },
     ),
-    Mode("4 micro-batches", {"jit_compile": False, "micro_batches": 4}, leaves_out=_OF_PARTS),
+    Mode(
+        "4 micro-batches",
+        {"jit_compile": False, "micro_batches": 4},
+        leaves_out={**_OF_PARTS, **_MORE_PARTS},
+    ),
     Mode(
         "4 accumulated",
         {"jit_compile": False},
@@ -152,11 +163,13 @@ class Case:
         hooks: makes them.
         bad_target: the target of one example, in the second half of the third batch.
         backward: makes the way in which gradients are computed.
+        compile: more arguments of `compile`.
     """
 
     hooks: Callable[[], list[Any]]
     bad_target: float | None = None
     backward: Callable[[], Any] | None = None
+    compile: dict[str, Any] = field(default_factory=dict)
 
 
 def grow(gradient: Any, variable: Any) -> Any:
@@ -202,6 +215,7 @@ HOOKS = {
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
+    "NoiseScale": Case(lambda: [hooks.NoiseScale(0.9), grow], compile={"micro_batches": 6}),
     "SharpnessAware": Case(
         lambda: [grow], backward=lambda: backward.SharpnessAware(0.1, synchronize=True)
     ),
@@ -278,7 +292,7 @@ def train(hook: str, mode: Mode, optimizer: str, model: str) -> Result:
             "mse",
             gradient_hooks=case.hooks(),
             backward=None if case.backward is None else case.backward(),
-            **mode.compile,
+            **{**case.compile, **mode.compile},
         )
     fed = mode.feed(_data(model, case.bad_target))
     history = trained.fit(**fed, epochs=NUM_EPOCHS, verbose=0).history

@@ -111,3 +111,60 @@ def test_saved_layers_survive_other_automatic_names(model):
 def test_layers_cannot_be_saved_before_the_model_is_built(model):
     with pytest.raises(ValueError, match="layer 'head' can be saved only after the model is built"):
         serialize_targets(model.get_layer("head"), None)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """Layers with weights, without, with none that is ever trained, and with seeds only."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Normalization(name="scale")(inputs)
+    x = keras.layers.Dense(3, name="one")(keras.layers.Rescaling(2.0)(x))
+    x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dropout(0.5)(x))
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()], name="inner")
+    return keras.Model(inputs, keras.layers.Dense(2, name="two")(inner(x)))
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_lists_of_layers_may_hold_some_without_weights(backbone, is_frozen):
+    variables = backbone.trainable_variables
+    backbone.trainable = not is_frozen
+    try:
+        assert matching(backbone.layers, variables) == list(range(6))
+        assert matching(backbone.layers[-4:], variables) == [2, 3, 4, 5]
+        for none in (["scale"], ["dropout", "re_lu"]):
+            layers = [v for v in backbone.layers if v.name.startswith(tuple(none))]
+            with pytest.raises(ValueError, match="layer '.*' matches no variable"):
+                matching(layers, variables)
+        with pytest.raises(ValueError, match="layer 'scale' matches no variable"):
+            matching(backbone.get_layer("scale"), variables)
+        other = keras.layers.Dense(2, name="elsewhere", trainable=not is_frozen)
+        other.build((None, 2))
+        with pytest.raises(ValueError, match="layer 'elsewhere' matches no variable"):
+            matching([*backbone.layers, other], variables)
+        with pytest.raises(ValueError, match="'tow/\\*' matches no variable"):
+            matching([*backbone.layers, "tow/*"], variables)
+    finally:
+        backbone.trainable = True
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("head", "head/*"),
+        ("head/", "head/*"),
+        ("kernel", "*/kernel"),
+        ("encoder", "encoder*"),
+        ("coder", "*coder*"),
+    ],
+)
+def test_a_name_without_a_star_is_told_the_glob(model, given, meant):
+    with pytest.raises(ValueError) as caught:
+        matching(given, model.trainable_variables)
+    assert f"matches no variable. Did you mean {meant!r}?" in str(caught.value)
+    assert matching(meant, model.trainable_variables)
+
+
+def test_no_glob_is_made_up(model):
+    with pytest.raises(ValueError) as caught:
+        matching("decoder", model.trainable_variables)
+    assert "Did you mean" not in str(caught.value)

@@ -120,7 +120,7 @@ def test_arguments_of_compile_come_back(tmp_path):
     support.fit(loaded)
     paths = [v.path for v in loaded.get_layer("second").variables]
     assert config == model.get_compile_config()
-    assert config["gradient_hooks"][0]["config"]["targets"]["paths"] == paths
+    assert config["gradient_hooks"][0]["hook"]["config"]["targets"]["paths"] == paths
     assert not keras.models.load_model(tmp_path / "model.keras", compile=False).compiled
 
 

@@ -1,0 +1,87 @@
+"""Log entries: their names, and that they go with their hooks."""
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_tapefit import hooks
+from keras_tapefit.hooks.reports import Reports
+from keras_tapefit.hooks.step import Report
+
+
+class Says(hooks.GradientHook):
+    def __init__(self, entry, value=1.0, targets=None, name=None):
+        super().__init__(targets=targets, name=name)
+        self.entry = entry
+        self.value = value
+
+    def apply(self, gradients):
+        self.report(self.entry, self.value)
+        return gradients
+
+
+def _report(hook, entry, value, reduction="mean"):
+    return Report(hook, entry, tf.constant(value), reduction)
+
+
+def test_the_models_own_entries_are_taken():
+    reports, hook = Reports(4), Says("loss", name="mine")
+    with pytest.raises(ValueError, match="hook 'mine' reports 'loss', a log entry that the mod"):
+        reports.add([_report(hook, "loss", 1.0)], None, taken={"loss", "accuracy"})
+    assert reports.names() == []
+    assert reports.add([_report(hook, "size", 1.0)], None, taken={"loss"}) == ["size"]
+
+
+def test_two_hooks_do_not_share_an_entry():
+    a, b = Says("x"), Says("x")
+    with pytest.raises(ValueError, match="Two hooks report 'x'. Give one of them a `name`"):
+        Reports(4).add([_report(a, "x", 1.0), _report(b, "x", 1.0)], None)
+
+
+def test_entries_go_with_their_hooks():
+    reports, stays = Reports(3), Says("stays")
+    for i in range(10):
+        passing = Says(f"passing_{i}")
+        names = reports.add(
+            [_report(stays, "stays", 2.0), _report(passing, f"p{i}", float(i))], None
+        )
+        results = reports.results(names)
+        assert float(results["stays"]) == 2.0 and float(results[f"p{i}"]) == i
+        if i % 3 == 0:
+            reports.reset()
+        del passing
+        gc.collect()
+    with pytest.raises(ValueError, match="room for 3 log entries. The entry 'c' of hook 'says'"):
+        reports.add([_report(stays, name, 0.0) for name in "abcd"], None)
+
+
+def test_what_is_no_hooks_stays():
+    reports = Reports(2)
+    reports.add([Report(None, "skipped_steps", tf.constant(1.0), "sum")], tf.constant(False))
+    reports.reset()
+    assert reports.names() == ["skipped_steps"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "error", "text"),
+    [
+        ("norms", [1.0, 2.0], ValueError, r"'norms' of hook 'says' must be a scalar. .*\(2,\)"),
+        (3, 1.0, TypeError, "must be a string. Received: name=3"),
+        ("", 1.0, TypeError, "must be a string. Received: name=''"),
+    ],
+)
+def test_what_is_no_entry(line, entry, value, error, text):
+    line.gradient_hooks = [Says(entry, value)]
+    with pytest.raises(error, match=text):
+        line.train_on_batch(np.ones((1, 2)), np.ones((1, 1)))
+
+
+def test_one_entry_of_hooks_that_follow_each_other(line):
+    x, y = np.ones((1, 2)), np.ones((1, 1))
+    for value in (1.0, 2.0):
+        line.gradient_hooks = [Says("size", value)]
+        keras.utils.clear_session()
+        assert line.fit(x, y, verbose=0).history["size"] == [value]
