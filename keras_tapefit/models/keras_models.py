@@ -1,7 +1,8 @@
 """What Keras models hide.
 
 Private names used here: `keras.src.models.functional.Functional`,
-`keras.src.models.cloning._clone_sequential_model`, `keras.src.utils.naming.auto_name`,
+`keras.src.models.cloning._clone_sequential_model` and `_clone_functional_model`,
+`keras.src.utils.naming.auto_name`,
 `keras.src.saving.keras_saveable.KerasSaveable`, `_unpickle_model`,
 `keras.src.legacy.saving.saving_utils`, `Sequential._layers`,
 `Layer._trainable_variables`, `_non_trainable_variables`, `_track_variable`,
@@ -200,29 +201,37 @@ def has_own_build(cls: type) -> bool:
     return cls.build is not keras.Model.build  # type: ignore[attr-defined]
 
 
-def keep_class_when_cloned(cls: Any) -> None:
-    """Has `keras.models.clone_model` keep a Sequential class of ours.
+def keep_class_when_cloned(ours: Any, convert: Callable[[Any], Any]) -> None:
+    """Has `keras.models.clone_model` make models of ours of ours.
 
-    Keras makes a plain `Sequential` of any subclass, and compiles it with a config that
-    a plain one may not understand. Models of other classes are cloned as before.
+    Keras makes a plain model of any Sequential, and of a functional one with an
+    `__init__` of its own, and compiles it with a config that a plain one does not
+    understand. Other models are cloned as before.
+
+    Args:
+        ours: the class of our models.
+        convert: returns a plain model as one of ours.
     """
-    original = cloning._clone_sequential_model
 
-    def clone_sequential_model(model: Any, clone_function: Any, input_tensors: Any = None) -> Any:
-        if not isinstance(model, cls):
-            return original(model, clone_function, input_tensors)
-        compiled = model.compiled
-        model.compiled = False
-        try:
-            plain = original(model, clone_function, input_tensors)
-        finally:
-            model.compiled = compiled
-        clone = cls(plain._layers, name=model.name, trainable=model.trainable)
-        if compiled:
-            clone.compile_from_config(model.get_compile_config())
-        return clone
+    def keeping(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clone_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(model, ours):
+                return original(model, *args, **kwargs)
+            compiled, model.compiled = model.compiled, False
+            try:
+                clone = original(model, *args, **kwargs)
+            finally:
+                model.compiled = compiled
+            clone = convert(clone)
+            if compiled:
+                clone.compile_from_config(model.get_compile_config())
+            return clone
 
-    cloning._clone_sequential_model = clone_sequential_model
+        return clone_model
+
+    cloning._clone_sequential_model = keeping(cloning._clone_sequential_model)
+    cloning._clone_functional_model = keeping(cloning._clone_functional_model)
 
 
 def keep_class_in_legacy_files(ours: type, arguments_of: Callable[[Any], dict[str, Any]]) -> None:

@@ -278,7 +278,7 @@ def _stand_in(cls: Any, bases: tuple[type, ...]) -> Any:
 
 
 keras_models.route_functional_calls(TapeModel, _functional_variant)
-keras_models.keep_class_when_cloned(Sequential)
+keras_models.keep_class_when_cloned(TapeModel, TapeModel.from_model)
 keras_models.keep_class_in_legacy_files(
     TapeModel, lambda model: compile_arguments.serialize(runtime_of(model))
 )
