@@ -39,6 +39,7 @@ __all__ = [
     "release",
     "route_functional_calls",
     "share",
+    "takes_weights",
     "unpickle",
     "without",
 ]
@@ -121,6 +122,11 @@ def unpickle(saved: Any, classes: tuple[type, ...] = ()) -> Any:
     names = {c.__name__: c for c in classes if keras.saving.get_registered_name(c) == c.__name__}
     with keras.saving.custom_object_scope(names):
         return KerasSaveable._unpickle_model(saved)
+
+
+def takes_weights(model: Any) -> bool:
+    """Whether new weights may be added to a model: not once it is built."""
+    return not model._tracker.locked
 
 
 def adopt(model: Any, variable: Any, make: Callable[[], keras.Variable]) -> Any:

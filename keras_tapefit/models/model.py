@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -76,6 +77,10 @@ class TapeModel(TapeTrainer, keras.Model):
         self._follow_attribute(name, None)
 
     def _follow_attribute(self, name: str, value: Any) -> None:
+        """Adopts the bare variables that an attribute holds now, lets go of those it held."""
+        if type(self) in (Functional, Sequential):
+            # Nothing reads their attributes.
+            return
         found = list(bare_variables.find(name, value))
         held = self.__dict__.get("_tapefit_variables")
         if held is None and found:
@@ -83,8 +88,18 @@ class TapeModel(TapeTrainer, keras.Model):
             held = self.__dict__["_tapefit_variables"] = bare_variables.BareVariables()
         if held is None:
             return
-        for variable in held.follow(name, found):
+        released = held.follow(name, found)
+        for variable in released:
             keras_models.release(self, variable)
+        if not keras_models.takes_weights(self):
+            if released and found:
+                warnings.warn(
+                    f"The variable in `{name}` was trained, the one put in its place is "
+                    "not: a model that is built takes no new weights. Assign the value: "
+                    f"`model.{name}.assign(...)`.",
+                    stacklevel=3,
+                )
+            return
         for path, variable in found:
             make = functools.partial(bare_variables.AdoptedVariable, variable, path)
             adopted = keras_models.adopt(self, variable, make)
