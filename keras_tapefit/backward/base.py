@@ -8,12 +8,15 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Batch = tuple[Any, Any, Any]
 """`(x, y, sample_weight)`."""
@@ -268,7 +271,7 @@ class GradientMethod:
     takes_parts: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> GradientMethod:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         self._live = {}
         return self

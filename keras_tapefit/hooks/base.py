@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -20,6 +20,9 @@ from keras_tapefit.gradients import (
 from keras_tapefit.gradients.targets import check_targets, matching
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
 from keras_tapefit.hooks.step import Report, current_step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GradientHook:
@@ -75,7 +78,7 @@ class GradientHook:
     _name: str | None
     _registered_name: str | None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> GradientHook:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         # Made here, so that a subclass may assign numbers before `super().__init__`.
         self._number_variables = {}

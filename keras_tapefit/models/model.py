@@ -131,17 +131,6 @@ class TapeModel(TapeTrainer, keras.Model):
                 super().build_from_config(config)
         building.complete(self)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles the model as `get_compile_config` describes.
-
-        A `compile` of the model's own is left to the user, as Keras has it. The hooks are
-        there before it is called.
-        """
-        super().compile_from_config(config)
-        kept = config.get("gradient_hooks")
-        if kept and type(self).compile is not TapeTrainer.compile:
-            runtime_of(self).hooks.set(keras.saving.deserialize_keras_object(kept))
-
     @classmethod
     def from_model(cls, model: keras.Model) -> TapeModel:
         """Returns a model of this kind that shares the layers and weights of another.

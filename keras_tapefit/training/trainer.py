@@ -161,8 +161,11 @@ class TapeTrainer:
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model as `get_compile_config` describes."""
         if type(self).compile is not TapeTrainer.compile:
-            # Keras's own rule, and its own warning.
+            # Keras's own rule, and its own warning. Hooks stay, whoever compiles.
             super().compile_from_config(config)
+            kept = config.get("gradient_hooks", [])
+            runtime_of(self).hooks.set(keras.saving.deserialize_keras_object(kept))
+            runtime_of(self).frozen_when_built = config.get("frozen", [])
             return
         config = dict(config)
         frozen = config.pop("frozen", [])
