@@ -213,6 +213,8 @@ class TapeTrainer:
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         runtime = runtime_of(self)
         strategies.check_scope(self)
+        if not _has_custom_step(self):
+            building.warn_of_inner_hooks(self, stacklevel=3)
         runtime.recording.end()
         self.make_train_function()
         # The next class in line, which need not be Keras's own, may take other arguments.

@@ -55,7 +55,7 @@ clipping.max_norm = keras.optimizers.schedules.ExponentialDecay(1.0, 5, 0.5)
 hooks.GlobalNormClipping(max_nrm=1.0)  # error
 hooks.SkipNonFinite(max_consecutive="three")  # error
 hooks.PercentileClipping(10, histry=5)  # error
-clipping.max_nrm  # error
+print(clipping.max_nrm)  # error
 backward.SharpnessAware(rhoo=0.05)  # error
 assert_type(backward.SharpnessAware(rho=0.05), backward.SharpnessAware)
 
@@ -78,4 +78,4 @@ callbacks.GradientHistory()
 callbacks.GradientCSV()  # error
 keras_tapefit.tuning.GradientHealth(3)
 keras_tapefit.plots.norms(callbacks.GradientHistory())
-keras_tapefit.tunning  # error
+print(keras_tapefit.tunning)  # error
