@@ -1,0 +1,53 @@
+"""With the import swapped, programs in the idioms of the field compute the same."""
+
+import inspect
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tapefit import TapeModel, hooks
+
+from . import generative, supervised
+from .support import run
+
+PROGRAMS = {
+    name: thing
+    for module in (generative, supervised)
+    for name, thing in vars(module).items()
+    if inspect.isfunction(thing) and thing.__module__ == module.__name__
+}
+
+pytestmark = pytest.mark.slow
+
+
+def test_there_are_twenty():
+    assert len(PROGRAMS) == 20
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_without_hooks_it_is_plain_keras_to_the_bit(name):
+    _, expected, truth = run(PROGRAMS[name], keras.Model)
+    _, logs, found = run(PROGRAMS[name], TapeModel)
+    assert logs.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_array_equal(logs[key], values, err_msg=key)
+    assert len(found) == len(truth)
+    for value, other in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(value, other, strict=True)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_with_a_hook_it_is_applied_or_said(name):
+    """A bound that stops all training, and a monitor; or a warning that names the way out."""
+    bound = [hooks.GradientMonitor(), hooks.GradientScaling(0.0)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        program, logs, _ = run(PROGRAMS[name], TapeModel, bound)
+    texts = [str(warning.message) for warning in told]
+    if "gradient_norm" in logs:
+        assert np.all(np.asarray(logs["gradient_norm"]) > 0), logs
+        assert not texts
+    else:
+        assert any("hook" in text and "tape" in text for text in texts), texts
