@@ -231,7 +231,6 @@ def ddim_ema(Model: Any) -> Program:
 
     model = Diffusion()
     model.normalizer.adapt(numbers(12, 4))
-    model(numbers(1, 5))
     return Program(
         model,
         (numbers(12, 4),),

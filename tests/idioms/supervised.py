@@ -38,7 +38,7 @@ def masked_language_model(Model: Any) -> Program:
                 loss = self.loss_fn(labels, predictions, sample_weight=weight)
             grads = tape.gradient(loss, self.trainable_variables)
             self.optimizer.apply_gradients(zip(grads, self.trainable_variables, strict=True))
-            self.tracker.update_state(loss, sample_weight=weight)
+            self.tracker.update_state(loss)
             return {"loss": self.tracker.result()}
 
         @property
@@ -54,7 +54,8 @@ def masked_language_model(Model: Any) -> Program:
     model.tracker = keras.metrics.Mean(name="loss")
     weight = (tokens(12, 5, high=2, seed=2)).astype("float32")
     data = (tokens(12, 5), tokens(12, 5, seed=1), weight)
-    return Program(model, data, {"optimizer": "adam"})
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(4)
+    return Program(model, (dataset,), {"optimizer": "adam"})
 
 
 def graph_network(Model: Any) -> Program:

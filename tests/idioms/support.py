@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 BATCH_SIZE = 4
 EPOCHS = 2
@@ -46,7 +47,7 @@ def run(make: Callable[[Any], Program], base: Any, gradient_hooks: Any = None) -
     """Trains a program on a base class.
 
     Returns:
-        The program, its logs, and all weights and optimizer variables as arrays.
+        The program, its logs, and all weights and bare variables by name.
     """
     keras.utils.clear_session()
     keras.utils.set_random_seed(3)
@@ -58,12 +59,14 @@ def run(make: Callable[[Any], Program], base: Any, gradient_hooks: Any = None) -
     if program.train is not None:
         logs = program.train(model)
     else:
-        options = {"batch_size": BATCH_SIZE, "epochs": EPOCHS, "verbose": 0}
-        if len(program.data) == 1 and not isinstance(program.data[0], np.ndarray | dict | list):
-            options.pop("batch_size")
+        options = {"epochs": EPOCHS, "verbose": 0, "shuffle": False}
+        if not isinstance(program.data[0], tf.data.Dataset):
+            options["batch_size"] = BATCH_SIZE
         logs = model.fit(*program.data, **options).history
     held = [model, *program.holds]
-    state = [v for each in held for v in each.variables]
-    state += model.optimizer.variables if model.optimizer is not None else []
-    state += [v for v in vars(model).values() if hasattr(v, "assign_add")]
-    return program, logs, [keras.ops.convert_to_numpy(v) for v in state]
+    state = {f"{i}": v for i, v in enumerate(v for each in held for v in each.variables)}
+    state |= {name: v for name, v in vars(model).items() if isinstance(v, tf.Variable)}
+    # Ours has a place for what is frozen, which may be trained later; else they are alike.
+    if model.optimizer:
+        state["iterations"] = model.optimizer.iterations
+    return program, logs, {name: v.numpy() for name, v in state.items()}
