@@ -83,6 +83,7 @@ class TapeTrainer:
         logs = self.compute_metrics(x, y, forward.outputs, sample_weight=sample_weight)
         return {**logs, **validation.watch(runtime, objective, batch, forward)}
 
+    @compile_arguments.passed_on
     def compile(
         self,
         optimizer: Any = "rmsprop",
@@ -122,22 +123,37 @@ class TapeTrainer:
         model.compile("adam", "mse", gradient_hooks=[hooks.GlobalNormClipping(1.0)])
         ```
         """
+        arguments = {
+            "optimizer": optimizer,
+            "loss": loss,
+            "loss_weights": loss_weights,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
+            "run_eagerly": run_eagerly,
+            "steps_per_execution": steps_per_execution,
+            "jit_compile": jit_compile,
+            "auto_scale_loss": auto_scale_loss,
+        }
+        self._compile((), arguments, gradient_hooks, backward, micro_batches)
+
+    def _compile(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        gradient_hooks: Any,
+        backward: Any,
+        micro_batches: int,
+    ) -> None:
         new_hooks = None if gradient_hooks is None else check_hooks(gradient_hooks)
         new_backward = None if backward is None else check_backward(backward)
+        jit_compile = kwargs.get("jit_compile", "auto")
         compile_arguments.check(self, jit_compile, micro_batches)
+        if jit_compile == "update":
+            eager = kwargs.get("run_eagerly", False)
+            kwargs["jit_compile"] = compile_arguments.keras_jit_compile(self, jit_compile, eager)
         # An optimizer given by name is made here, and belongs to the strategy.
         with self.distribute_strategy.scope():
-            super().compile(
-                optimizer=optimizer,
-                loss=loss,
-                loss_weights=loss_weights,
-                metrics=metrics,
-                weighted_metrics=weighted_metrics,
-                run_eagerly=run_eagerly,
-                steps_per_execution=steps_per_execution,
-                jit_compile=compile_arguments.keras_jit_compile(self, jit_compile, run_eagerly),
-                auto_scale_loss=auto_scale_loss,
-            )
+            self._next_compile()(*args, **kwargs)
         strategies.check_scope(self, with_model=False)
         runtime = runtime_of(self)
         runtime.micro_batches = micro_batches
@@ -151,6 +167,10 @@ class TapeTrainer:
             self.built = True
             runtime.prepare()
 
+    def _next_compile(self) -> Any:
+        """Returns the `compile` of the next class in line, which need not be Keras's own."""
+        return super().compile
+
     def get_compile_config(self) -> dict[str, Any]:
         """Returns what `compile` was called with, the hooks as they are now."""
         config = super().get_compile_config()
@@ -160,7 +180,8 @@ class TapeTrainer:
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model as `get_compile_config` describes."""
-        if type(self).compile is not TapeTrainer.compile:
+        has_own = type(self).compile is not TapeTrainer.compile
+        if has_own or not compile_arguments.is_of_keras(self._next_compile()):
             # Keras's own rule, and its own warning. Hooks stay, whoever compiles.
             super().compile_from_config(config)
             kept = config.get("gradient_hooks", [])
@@ -221,8 +242,10 @@ class TapeTrainer:
         fit = super().fit
         bound = inspect.signature(fit).bind_partial(*args, **kwargs)
         rest = bound.arguments
-        if "callbacks" not in bound.signature.parameters:
-            rest = bound.arguments.setdefault("kwargs", {})
+        parameters = bound.signature.parameters
+        others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
+        if "callbacks" not in parameters and others:
+            rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
         return fit(*bound.args, **bound.kwargs)
 
