@@ -67,15 +67,25 @@ class BareVariables(keras.Operation):
         return released
 
     def save_own_variables(self, store: Any) -> None:
-        for variable in self.adopted:
-            store[variable.name] = np.asarray(variable)
+        for key, variable in self._by_name().items():
+            store[key] = np.asarray(variable)
 
     def load_own_variables(self, store: Any) -> None:
         # A file of plain Keras has none of them.
         names = set(store.keys())
+        for key, variable in self._by_name().items():
+            if key in names:
+                variable.assign(store[key])
+
+    def _by_name(self) -> dict[str, AdoptedVariable]:
+        found: dict[str, AdoptedVariable] = {}
         for variable in self.adopted:
-            if variable.name in names:
-                variable.assign(store[variable.name])
+            key = variable.name
+            while key in found:
+                # The attribute `a_0` and the first of the list `a`.
+                key += "_"
+            found[key] = variable
+        return found
 
 
 def find(name: str, value: Any) -> Iterator[tuple[str, tf.Variable]]:

@@ -280,3 +280,21 @@ def test_files_of_plain_keras_fit_where_more_is_trained(tmp_path):
     model.load_weights(tmp_path / "plain.weights.h5")
     np.testing.assert_array_equal(model.bare, bare)
     support.assert_same([model.scale.numpy(), model.dense.kernel.numpy()], before[:2])
+
+
+def test_names_that_meet(tmp_path):
+    """An attribute may be named like the first variable of a list."""
+
+    class Meeting(TapeModel):
+        def __init__(self, start):
+            super().__init__()
+            self.a_0 = tf.Variable(start)
+            self.a = [tf.Variable(start + 1.0), {"b": tf.Variable(start + 2.0)}]
+            self.a_1_b = tf.Variable(start + 3.0)
+
+    model, other = Meeting(1.0), Meeting(10.0)
+    for each in (model, other):
+        each.built = True
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert [float(v) for v in other.trainable_variables] == [1.0, 2.0, 3.0, 4.0]

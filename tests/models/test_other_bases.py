@@ -202,6 +202,22 @@ def test_as_with_a_keras_model(form, order):
     assert [type(hook) for hook in again.gradient_hooks] == [hooks.ValueClipping]
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_sequential_class_of_theirs(order):
+    class Stack(keras.Sequential):
+        def __init__(self, width):
+            super().__init__([keras.Input((6,)), layers.Dense(width), layers.Dense(1)])
+
+    def trained(*bases):
+        support.begin()
+        model = type("Mine", bases, {})(3)
+        model.compile("sgd", "mse")
+        return support.fit(model), model.get_weights()
+
+    bases = (TapeModel, Stack) if order == "before" else (Stack, TapeModel)
+    support.assert_same(trained(*bases), trained(Stack))
+
+
 def test_an_abstract_class_beside_it():
     """Keras makes an instance of each base, which here it cannot."""
 
