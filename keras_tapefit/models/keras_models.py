@@ -166,8 +166,9 @@ def without(model: Any, kind: type) -> Iterator[None]:
 @functools.cache
 def _names_of_training() -> frozenset[str]:
     """Returns the attributes that a model has because it is trained."""
+    # With names, so that nobody else's automatic name is another one for it.
     model = keras.Model(name="model")
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.SGD(name="sgd"), "mse")
     names = vars(model).keys() - vars(keras.layers.Layer(name="layer")).keys()
     return frozenset(names | {"history", "stop_training"})
 
@@ -185,21 +186,23 @@ def share(source: Any, model: Any) -> None:
     own.locked, own._lock_violation_msg = theirs.locked, theirs._lock_violation_msg
     kept = _names_of_training() | {"build", "quantize", "_tracker"}
     for name, value in vars(source).items():
-        if name in kept or id(value) in lists:
+        if name in kept or name.startswith("_tapefit_") or id(value) in lists:
             continue
         if isinstance(value, types.MethodType) and value.__self__ is source:
             value = types.MethodType(value.__func__, model)
         elif type(value) in (list, dict, set):
             value = value.copy()
         model.__dict__[name] = value
-    if not source.built and has_own_build(type(source)):
+    if source.built or not has_own_build(type(source)):
+        return
+    of_model = model.build
 
-        @functools.wraps(source.build)
-        def build(*args: Any, **kwargs: Any) -> None:
-            source.build(*args, **kwargs)
-            share(source, model)
+    @functools.wraps(of_model)
+    def build(*args: Any, **kwargs: Any) -> None:
+        of_model(*args, **kwargs)
+        share(model, source)
 
-        model.__dict__["build"] = build
+    model.__dict__["build"] = build
 
 
 def has_own_build(cls: type) -> bool:

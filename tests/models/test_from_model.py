@@ -294,6 +294,9 @@ def test_what_a_model_does_in_its_own_way_is_kept(form):
     support.assert_same(source.get_weights(), original.get_weights())
     pairs = zip(model.variables, source.variables, strict=True)
     assert all(a is b for a, b in pairs)
+    if form != "compile":
+        paths = [v.path for v in original.optimizer.variables]
+        assert [v.path for v in model.optimizer.variables] == paths
     assert source is not model and source.compiled == (form == "task")
     if form == "step":
         assert "tested" in model.evaluate(X, Y, verbose=0, return_dict=True)
