@@ -1,7 +1,7 @@
 """Gradients you can trust, inside the `fit` you already have."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -18,13 +18,35 @@ from keras_tapefit.gradients import Gradients as Gradients
 from keras_tapefit.models import TapeModel as TapeModel
 from keras_tapefit.models import TapeSequential as TapeSequential
 
+if TYPE_CHECKING:
+    from keras_tapefit import callbacks as callbacks
+    from keras_tapefit import plots as plots
+    from keras_tapefit import tuning as tuning
+
 __version__ = "0.1.0"
 
+# Imported when used: they need more packages.
 _LAZY = ("callbacks", "plots", "tuning")
 
+__all__ = [
+    "Gradients",
+    "TapeModel",
+    "TapeSequential",
+    "backward",
+    "callbacks",
+    "hooks",
+    "plots",
+    "tuning",
+]
 
-def __getattr__(name: str) -> Any:
-    # Imported when used: they need more packages.
-    if name in _LAZY:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+if not TYPE_CHECKING:
+    # A type checker is to see which names there are.
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -45,6 +45,11 @@ class Quotient:
     def _is_sum(self) -> bool:
         return self.divisor is None
 
+    def scaled_by(self, factor: Any) -> Quotient:
+        """Returns the quotient with its gradients multiplied by a scalar."""
+        assert self.gradients is not None
+        return replace(self, gradients=self.gradients.scale(factor))
+
     @staticmethod
     def combined(parts: Sequence[Quotient]) -> Quotient:
         """Returns the quotient of a batch, given those of its parts."""

@@ -47,18 +47,14 @@ class MicroBatches(GradientMethod):
         bounds = _bounds(objective.batch_size(batch), self.num_parts)
         parts: list[Computed] = []
         masks: list[list[Any]] = []
-        sums: list[Gradients | None] = []
+        sums: list[Gradients] = []
         for start, stop in bounds:
             # One after the other: run side by side, all parts would be in memory.
             with tf.control_dependencies(_values(sums)):
                 part = objective.part(batch, start, stop)
                 computed = self.method.compute(objective, part)
-                sums = [
-                    _added(total, quotient)
-                    for total, quotient in zip(
-                        sums or [None] * len(computed.quotients), computed.quotients, strict=True
-                    )
-                ]
+                weighted = [_weighted(quotient) for quotient in computed.quotients]
+                sums = [a.plus(b) for a, b in zip(sums, weighted, strict=bool(sums))] or weighted
             parts.append(computed)
             masks.append(objective.masks(computed.outputs))
         quotients = [
@@ -82,12 +78,10 @@ class MicroBatches(GradientMethod):
         return Computed(quotients, outputs, examples, all_examples, norms, sizes)
 
 
-def _added(total: Gradients | None, quotient: Quotient) -> Gradients:
+def _weighted(quotient: Quotient) -> Gradients:
     gradients = quotient.gradients
     assert gradients is not None
-    if quotient.divisor is not None:
-        gradients = gradients.scale(quotient.divisor)
-    return gradients if total is None else total.plus(gradients)
+    return gradients if quotient.divisor is None else gradients.scale(quotient.divisor)
 
 
 def _norm(part: Computed) -> tf.Tensor:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import keras
 
+from keras_tapefit.gradients import layers_of
 from keras_tapefit.models import keras_models
-from keras_tapefit.training import bare_variables, building
+from keras_tapefit.models.keras_models import KerasFunctional
+from keras_tapefit.training import bare_variables, building, compile_arguments
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update import loaded_optimizers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TapeModel(TapeTrainer, keras.Model):
@@ -35,36 +43,78 @@ class TapeModel(TapeTrainer, keras.Model):
     ```
     """
 
-    # Keras's `from_config` looks for these two names in the signatures.
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Not for subclasses: two arguments of theirs need not be inputs and outputs.
-        if cls is TapeModel and is_functional_call(args, kwargs):
-            cls = _functional_class()
-        return super().__new__(cls)
+        # Where they are, `keras.Model.__init__` is where it shows.
+        if cls is TapeModel and keras_models.is_functional_call(args, kwargs):
+            cls = Functional
+        return super().__new__(cls, *args, **kwargs)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not is_functional_call(args, kwargs):
-            super().__init__(*args, **kwargs)
-            return
-        functional = _functional_class()
-        if not isinstance(self, functional):
-            # A subclass, of whose `__init__` it is known only now what it passes on.
-            self.__class__ = functional_variant(type(self))  # type: ignore[arg-type]
-        functional.__init__(self, *args, **kwargs)
+    if TYPE_CHECKING:
+        # There is none: bases that stand after this class are to get their arguments.
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __reduce__(self) -> Any:
-        # By the method of a class that pickle finds: a stand-in of `functional_variant`
-        # has the name of another.
-        _, arguments = super().__reduce__()
-        return keras_models.unpickle, arguments
+        return keras_models.reduced(self, [*layers_of(self), *runtime_of(self).hooks])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Libraries set these two and the next for all of `keras.Model`.
+        return self.__reduce__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        remake, arguments = self.__reduce__()
+        twin = memo[id(self)] = remake(*arguments)
+        return twin
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        for path, variable in bare_variables.find(name, value):
-            adopted = functools.partial(bare_variables.AdoptedVariable, variable, path)
-            keras_models.adopt(self, variable, adopted)
+        self._follow_attribute(name, value)
         if name != "optimizer":
             loaded_optimizers.watch(value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._follow_attribute(name, None)
+
+    def _follow_attribute(self, name: str, value: Any) -> None:
+        """Adopts the bare variables that an attribute holds now, lets go of those it held."""
+        if type(self) in (Functional, Sequential):
+            # Nothing reads their attributes.
+            return
+        found = list(bare_variables.find(name, value))
+        held = self.__dict__.get("_tapefit_variables")
+        if held is None and found:
+            # Past Keras's attribute tracking.
+            held = self.__dict__["_tapefit_variables"] = bare_variables.BareVariables()
+        if held is None:
+            return
+        released = held.follow(name, found)
+        for variable in released:
+            keras_models.release(self, variable)
+        if not keras_models.takes_weights(self):
+            if released and found:
+                warnings.warn(
+                    f"The variable in `{name}` was trained, the one put in its place is "
+                    "not: a model that is built takes no new weights. Assign the value: "
+                    f"`model.{name}.assign(...)`.",
+                    stacklevel=3,
+                )
+            return
+        for path, variable in found:
+            make = functools.partial(bare_variables.AdoptedVariable, variable, path)
+            adopted = keras_models.adopt(self, variable, make)
+            if adopted is not None:
+                held.adopted.append(adopted)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the model's own variables, as Keras would: bare ones go elsewhere."""
+        with keras_models.without(self, bare_variables.AdoptedVariable):
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the model's own variables; see `save_own_variables`."""
+        with keras_models.without(self, bare_variables.AdoptedVariable):
+            super().load_own_variables(store)
 
     def get_build_config(self) -> dict[str, Any] | None:
         """Returns how the model was built; where it never was called, how its parts were."""
@@ -82,8 +132,13 @@ class TapeModel(TapeTrainer, keras.Model):
         building.complete(self)
 
     @classmethod
-    def from_model(cls, model: keras.Model) -> Any:
+    def from_model(cls, model: keras.Model) -> TapeModel:
         """Returns a model of this kind that shares the layers and weights of another.
+
+        What the model does in a way of its own is kept: it is as if its class had been
+        written with `TapeModel` in the place of `keras.Model`. That goes for `call`,
+        `train_step`, `compute_loss`, `compute_metrics`, `fit`, `compile`, metrics,
+        preprocessors and whatever else there is.
 
         Args:
             model: any `keras.Model`: functional, Sequential or subclassed, built or not,
@@ -102,40 +157,132 @@ class TapeModel(TapeTrainer, keras.Model):
         model = TapeModel.from_model(keras.applications.ResNet50(weights=None))
         ```
         """
-        from keras_tapefit.models.conversion import convert
+        if not isinstance(model, keras.Model):
+            hint = " Did you mean an instance of it?" if isinstance(model, type) else ""
+            raise TypeError(
+                f"`model` must be a `keras.Model`.{hint} Received: {model!r} (of type "
+                f"{type(model).__name__})."
+            )
+        if isinstance(model, TapeModel):
+            return model
+        if type(model) is keras.Sequential:
+            return Sequential(model._layers, trainable=model.trainable, name=model.name)
+        if type(model) is KerasFunctional:
+            return Functional(model.input, model.output, name=model.name)
+        return _converted(model)
 
-        return convert(model)
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class Functional(TapeModel, KerasFunctional):
+    """What `TapeModel(inputs, outputs)` returns.
+
+    It has the name of Keras's own functional class, because the names of classes are in
+    automatic model names, variable paths and weight files.
+    """
 
 
-def is_functional_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether arguments are those of a functional model, by Keras's own rule."""
-    return (
-        len(args) == 2
-        or (len(args) == 1 and "outputs" in kwargs)
-        or ("inputs" in kwargs and "outputs" in kwargs)
-    )
+@keras.saving.register_keras_serializable("keras_tapefit")
+class Sequential(keras.Sequential, TapeModel):
+    """`keras.Sequential` with the training step of `TapeModel`.
+
+    Exported as `TapeSequential`. It has the name of Keras's own class, because the
+    names of classes are in automatic model names, variable paths and weight files.
+
+    Args:
+        layers: the layers, in order.
+        trainable: whether its weights are trained.
+        name: of the model.
+
+    Example:
+
+    ```python
+    model = TapeSequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse", gradient_hooks=[hooks.GlobalNormClipping(1.0)])
+    ```
+    """
 
 
-def _functional_class() -> Any:
-    from keras_tapefit.models.functional import Functional
+TapeSequential = Sequential
 
-    return Functional
+
+@keras.saving.register_keras_serializable("keras_tapefit")
+class ConvertedModel:
+    """What a class of somebody else's is saved as, where `TapeModel` was put under it."""
+
+    # Of the class that it stands in front of.
+    _source_class: Any
+
+    def get_config(self) -> dict[str, Any]:
+        # The same object, looked at as one of its class: what Keras saves depends on it.
+        source = object.__new__(self._source_class)
+        object.__setattr__(source, "__dict__", self.__dict__)
+        config = keras.saving.serialize_keras_object(source)
+        config.pop("compile_config", None)
+        return {"converted_model": config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        if "converted_model" not in config:
+            return cls._source_class.from_config.__func__(cls, config)
+        model = keras.saving.deserialize_keras_object(config["converted_model"], custom_objects)
+        return TapeModel.from_model(model)
+
+
+def _converted(source: keras.Model) -> Any:
+    kind: Any = type(source)
+    cls = _converted_class(kind, isinstance(source, KerasFunctional))
+    model = cls.__new__(cls)
+    with source.distribute_strategy.scope():
+        keras.Model.__init__(model, name=source.name)
+    keras_models.share(source, model)
+    return model
 
 
 @functools.cache
-def functional_variant(cls: Any) -> type:
+def _converted_class(cls: Any, is_functional: bool) -> Any:
+    below = Sequential if issubclass(cls, keras.Sequential) else TapeModel
+    # Named once more, as some libraries take it out of their classes at times.
+    functional = (KerasFunctional,) if is_functional else ()
+    converted = _stand_in(cls, (ConvertedModel, cls, below, *functional))
+    converted._source_class = cls
+    keras.saving.register_keras_serializable("keras_tapefit", "ConvertedModel")(converted)
+    keras.saving.register_keras_serializable("keras_tapefit")(ConvertedModel)
+    return converted
+
+
+@functools.cache
+def _functional_variant(cls: Any) -> Any:
     """Returns the functional model class of a user's subclass.
 
-    Keras puts its functional class among the bases of the user's class itself, for the
-    whole process; every other use of that class fails afterwards. Here the user's class
-    stays as it is, and a subclass with its name stands in for it.
+    Keras puts its functional class among the bases of the user's class itself; every
+    other use of that class fails afterwards. Here the user's class stays as it is.
     """
-    copied = ("__module__", "__qualname__", "__doc__")
-    namespace = {name: getattr(cls, name) for name in copied}
-    variant = type(cls.__name__, (cls, _functional_class()), namespace)
+    variant = _stand_in(cls, (cls, KerasFunctional))
     registered = keras.saving.get_registered_name(cls)
     if ">" in registered:
         package, name = registered.split(">", maxsplit=1)
         keras.saving.register_keras_serializable(package, name)(variant)
         keras.saving.register_keras_serializable(package, name)(cls)
     return variant
+
+
+def _stand_in(cls: Any, bases: tuple[type, ...]) -> Any:
+    """Returns a class with these bases that goes by the name of another."""
+    copied = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+
+    class Empty:
+        pass
+
+    made = types.new_class(
+        cls.__name__, (Empty,), {"metaclass": type(cls)}, lambda names: names.update(copied)
+    )
+    # Afterwards, so that no `__init_subclass__` takes it for a class of the user's.
+    made.__bases__ = bases
+    return made
+
+
+keras_models.route_functional_calls(TapeModel, _functional_variant)
+keras_models.keep_class_when_cloned(TapeModel, TapeModel.from_model)
+keras_models.keep_class_in_legacy_files(
+    TapeModel, lambda model: compile_arguments.serialize(runtime_of(model))
+)

@@ -5,6 +5,7 @@ Keras counts neither as built, and then refuses to save or load their weights.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -61,3 +62,27 @@ def build(layer: Any, config: dict[str, Any]) -> None:
 
 def _parts(model: Any) -> list[Any]:
     return [layer for layer in model.layers if layer is not model]
+
+
+def inner_hooks(model: Any) -> list[str]:
+    """Returns the names of the models inside of one that have gradient hooks of their own.
+
+    A step applies the hooks of the model that is trained, and of no other.
+    """
+    # Asked for only where it is made: a user's attribute may hide `gradient_hooks`.
+    inside = [layer for layer in layers_of(model) if layer is not model]
+    runtimes = [(layer.name, vars(layer).get("_tapefit_runtime")) for layer in inside]
+    return [name for name, runtime in runtimes if runtime is not None and runtime.hooks]
+
+
+def warn_of_inner_hooks(model: Any, stacklevel: int) -> None:
+    """Says which hooks are not applied, because they belong to a model inside."""
+    names = inner_hooks(model)
+    if names:
+        warnings.warn(
+            f"The gradient hooks of {', '.join(map(repr, names))} are not applied: a step "
+            f"applies those of the model that is trained, which is {model.name!r}. Register "
+            "them there, for the inner model's weights: "
+            f"`model.register_gradient_hook(hook, targets=model.get_layer({names[0]!r}))`.",
+            stacklevel=stacklevel,
+        )

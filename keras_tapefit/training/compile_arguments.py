@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import keras
 import tensorflow as tf
@@ -13,6 +15,38 @@ from keras_tapefit.gradients import Targets
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.runtime import Runtime
+
+Compile = TypeVar("Compile", bound=Callable[..., None])
+# Asked for here: `keras.Model` may be another class later, in tests that swap it.
+_KERAS_COMPILE = keras.Model.compile
+
+
+def is_of_keras(compile: Any) -> bool:
+    """Whether a model's `compile` is that of `keras.Model` itself."""
+    return getattr(compile, "__func__", None) is _KERAS_COMPILE
+
+
+def passed_on(compile: Compile) -> Compile:
+    """Has a `compile` pass on to one of another class's what it is called with.
+
+    That may take other arguments, and mean others where they are left out.
+
+    Args:
+        compile: of `TapeTrainer`, which takes Keras's arguments and ours.
+    """
+
+    @functools.wraps(compile)
+    def passing_on(model: Any, *args: Any, **kwargs: Any) -> None:
+        if is_of_keras(model._next_compile()):
+            compile(model, *args, **kwargs)
+            return
+        ours = {name: kwargs.pop(name, value) for name, value in _DEFAULTS.items()}
+        model._compile(args, kwargs, **ours)
+
+    return cast(Compile, passing_on)
+
+
+_DEFAULTS = {"gradient_hooks": None, "backward": None, "micro_batches": 1}
 
 
 def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:

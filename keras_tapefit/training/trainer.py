@@ -83,6 +83,7 @@ class TapeTrainer:
         logs = self.compute_metrics(x, y, forward.outputs, sample_weight=sample_weight)
         return {**logs, **validation.watch(runtime, objective, batch, forward)}
 
+    @compile_arguments.passed_on
     def compile(
         self,
         optimizer: Any = "rmsprop",
@@ -122,23 +123,38 @@ class TapeTrainer:
         model.compile("adam", "mse", gradient_hooks=[hooks.GlobalNormClipping(1.0)])
         ```
         """
+        arguments = {
+            "optimizer": optimizer,
+            "loss": loss,
+            "loss_weights": loss_weights,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
+            "run_eagerly": run_eagerly,
+            "steps_per_execution": steps_per_execution,
+            "jit_compile": jit_compile,
+            "auto_scale_loss": auto_scale_loss,
+        }
+        self._compile((), arguments, gradient_hooks, backward, micro_batches)
+
+    def _compile(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        gradient_hooks: Any,
+        backward: Any,
+        micro_batches: int,
+    ) -> None:
         checked = runtime_of(self).hooks.check
         new_hooks = None if gradient_hooks is None else checked(gradient_hooks)
         new_backward = None if backward is None else check_backward(backward)
+        jit_compile = kwargs.get("jit_compile", "auto")
         compile_arguments.check(self, jit_compile, micro_batches)
+        if jit_compile == "update":
+            eager = kwargs.get("run_eagerly", False)
+            kwargs["jit_compile"] = compile_arguments.keras_jit_compile(self, jit_compile, eager)
         # An optimizer given by name is made here, and belongs to the strategy.
         with self.distribute_strategy.scope():
-            super().compile(
-                optimizer=optimizer,
-                loss=loss,
-                loss_weights=loss_weights,
-                metrics=metrics,
-                weighted_metrics=weighted_metrics,
-                run_eagerly=run_eagerly,
-                steps_per_execution=steps_per_execution,
-                jit_compile=compile_arguments.keras_jit_compile(self, jit_compile, run_eagerly),
-                auto_scale_loss=auto_scale_loss,
-            )
+            self._next_compile()(*args, **kwargs)
         strategies.check_scope(self, with_model=False)
         runtime = runtime_of(self)
         runtime.micro_batches = micro_batches
@@ -152,6 +168,10 @@ class TapeTrainer:
             self.built = True
             runtime.prepare()
 
+    def _next_compile(self) -> Any:
+        """Returns the `compile` of the next class in line, which need not be Keras's own."""
+        return super().compile
+
     def get_compile_config(self) -> dict[str, Any]:
         """Returns what `compile` was called with, the hooks as they are now."""
         config = super().get_compile_config()
@@ -161,9 +181,14 @@ class TapeTrainer:
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model as `get_compile_config` describes."""
-        if type(self).compile is not TapeTrainer.compile:
-            # Keras's own rule, and its own warning.
+        has_own = type(self).compile is not TapeTrainer.compile
+        if has_own or not compile_arguments.is_of_keras(self._next_compile()):
+            # Keras's own rule, and its own warning. Hooks stay, whoever compiles.
             super().compile_from_config(config)
+            kept = config.get("gradient_hooks", [])
+            hooks = runtime_of(self).hooks
+            hooks.set(hooks.check(keras.saving.deserialize_keras_object(kept)))
+            runtime_of(self).frozen_when_built = config.get("frozen", [])
             return
         config = dict(config)
         frozen = config.pop("frozen", [])
@@ -211,14 +236,18 @@ class TapeTrainer:
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         runtime = runtime_of(self)
         strategies.check_scope(self)
+        if not _has_custom_step(self):
+            building.warn_of_inner_hooks(self, stacklevel=3)
         runtime.recording.end()
         self.make_train_function()
         # The next class in line, which need not be Keras's own, may take other arguments.
         fit = super().fit
         bound = inspect.signature(fit).bind_partial(*args, **kwargs)
         rest = bound.arguments
-        if "callbacks" not in bound.signature.parameters:
-            rest = bound.arguments.setdefault("kwargs", {})
+        parameters = bound.signature.parameters
+        others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
+        if "callbacks" not in parameters and others:
+            rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
         return fit(*bound.args, **bound.kwargs)
 

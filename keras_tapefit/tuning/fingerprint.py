@@ -45,7 +45,8 @@ _READS |= {"LOAD_ATTR": 2, "LOAD_METHOD": 2, "IMPORT_FROM": 2}
 # of its own.
 _BOOKKEEPING = frozenset(
     "_tracker _tracked _lock _auto_config _compile_config _initial_epoch _eval_epoch_iterator "
-    "_tapefit_runtime _tapefit_state _trainable_variables_indices _compiled_trainable_state "
+    "_tapefit_runtime _tapefit_state _tapefit_variables _trainable_variables_indices "
+    "_compiled_trainable_state "
     "_call_signature _call_context_args _inbound_nodes _outbound_nodes _nodes _build_shapes_dict "
     "_distribution_strategy _self_setattr_tracking _self_unconditional_checkpoint_dependencies "
     "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "

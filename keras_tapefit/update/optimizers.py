@@ -92,6 +92,28 @@ def is_dynamic(optimizer: Any) -> bool:
     return isinstance(optimizer, LossScaleOptimizer)
 
 
+def adapt_scale(optimizer: Any, finite: tf.Tensor, admitted: tf.Tensor | None) -> None:
+    """Does what a `LossScaleOptimizer` does besides the update, without a branch.
+
+    Args:
+        optimizer: the `LossScaleOptimizer`.
+        finite: scalar bool, whether the gradients are.
+        admitted: scalar bool; where a gate rejects a finite step nothing changes.
+            `None`: none does.
+    """
+    counter, scale = optimizer.step_counter, optimizer.dynamic_scale
+    counts = tf.convert_to_tensor(counter.value)
+    grows = finite & (counts == tf.cast(optimizer.dynamic_growth_steps - 1, counts.dtype))
+    factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
+    new_counts = tf.where(finite & ~grows, counts + 1, tf.zeros_like(counts))
+    if admitted is not None:
+        stays = finite & ~admitted
+        factor = tf.where(stays, 1.0, factor)
+        new_counts = tf.where(stays, counts, new_counts)
+    counter.assign(new_counts)
+    scale.assign(scale.value * tf.cast(factor, scale.dtype))
+
+
 def has_loss_scale(optimizer: Any) -> bool:
     """Whether the optimizer divides gradients by what it multiplies the loss by."""
     return is_dynamic(optimizer) or getattr(optimizer, "loss_scale_factor", None) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -101,12 +101,15 @@ def update(
         watch.made(gradients)
         watch.updating(variables)
 
-    if dynamic:
-        # A step that overflowed stays so whatever the hooks made of it: the optimizer
-        # then skips it and halves the scale by itself.
-        gradients = gradients.scale(tf.where(finite, scale, float("nan")))
     after_update = hooks.watch_update(variables, step)
-    _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
+    if undoes_updates():
+        _apply_undoing(optimizer, gradients, admitted, finite)
+    else:
+        if dynamic:
+            # A step that overflowed stays so whatever the hooks made of it: the optimizer
+            # then skips it and halves the scale by itself.
+            gradients = gradients.scale(tf.where(finite, scale, float("nan")))
+        _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
     if hooks.watches_update:
         with optimizers.averages_following(optimizer, variables):
             after_update()
@@ -175,7 +178,7 @@ def accumulate(
     if scaled and scale is not None:
         factor = 1.0 / tf.cast(scale, tf.float32)
         gradients = gradients.scale(factor)
-        quotients = [replace(q, gradients=q.gradients.scale(factor)) for q in quotients]
+        quotients = [q.scaled_by(factor) for q in quotients]
     full = window.add(call, quotients, finite, computed.examples, computed.all_examples, steps)
     if finite is not None:
         full &= finite
@@ -307,12 +310,26 @@ def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> 
     values = [gradients.values()[i] for i in present]
     if admitted is None:
         apply(values)
-    elif undoes_updates():
-        rollback = Rollback([*optimizer.variables, *gradients.variables])
-        apply(values)
-        rollback.restore_unless(admitted)
     else:
         replicas.when(admitted, apply, values)
+
+
+def _apply_undoing(
+    optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None, finite: tf.Tensor | None
+) -> None:
+    """Does what `_apply` does without a branch: the update is made, and undone."""
+    inner = optimizer if finite is None else optimizer.inner_optimizer
+    applied = gradients if finite is None else gradients.where(finite)
+    accepted = _and(admitted, finite)
+    present = [i for i, g in enumerate(applied.values()) if g is not None]
+    rollback = None
+    if accepted is not None:
+        rollback = Rollback([*inner.variables, *gradients.variables])
+    _applying(inner, gradients.variables, present)(applied.present())
+    if rollback is not None and accepted is not None:
+        rollback.restore_unless(accepted)
+    if finite is not None:
+        optimizers.adapt_scale(optimizer, finite, admitted)
 
 
 def _applying(

@@ -1,5 +1,6 @@
 """Functional, subclassed, or both, in any order: no class is ever changed."""
 
+import contextlib
 import copy
 import pickle
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from keras.src.models.functional import Functional as KerasFunctional
 
 from keras_tapefit import TapeModel, TapeSequential, hooks
 
@@ -102,7 +104,7 @@ def test_what_each_is():
     for name, maker in MAKERS.items():
         model = maker()
         is_functional = name not in ("lazy", "two arguments", "sequential")
-        assert isinstance(model, type(TapeModel(*_graph()))) == is_functional, name
+        assert isinstance(model, KerasFunctional) == is_functional, name
         assert isinstance(model, keras.Sequential) == (name == "sequential")
     assert issubclass(TapeSequential, TapeModel)
     assert isinstance(GraphChild(), GraphChild) and isinstance(Base(*_graph()), Base)
@@ -301,5 +303,7 @@ def test_an_inner_model_of_ours_in_a_trainer():
     for outer in (Wrapper(inner), keras.Sequential([inner])):
         outer.compile("sgd", "mse")
         before = inner.get_weights()[0]
-        support.fit(outer)
+        told = pytest.warns(UserWarning, match="hooks of 'functional.*' are not applied")
+        with told if isinstance(outer, TapeModel) else contextlib.nullcontext():
+            support.fit(outer)
         assert support.differ(inner.get_weights()[0], before)

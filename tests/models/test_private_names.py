@@ -9,9 +9,11 @@ import tensorflow as tf
 from keras import layers
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
+from keras.src.legacy.saving import saving_utils
 from keras.src.losses import loss as losses
 from keras.src.models import cloning
 from keras.src.models.functional import Functional
+from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.naming import auto_name
 
 from keras_tapefit import TapeModel, TapeSequential
@@ -124,10 +126,11 @@ def test_what_functional_models_are():
     assert isinstance(model._layers[0], layers.InputLayer) and len(model._layers) == 2
 
 
-def test_cloning_of_sequential_models_is_ours_for_ours_only():
+def test_cloning_is_ours_for_ours_only():
     arguments = inspect.signature(cloning._clone_sequential_model).parameters
     assert list(arguments) == ["model", "clone_function", "input_tensors"]
-    assert cloning._clone_sequential_model.__module__ == "keras_tapefit.models.keras_models"
+    arguments = inspect.signature(cloning._clone_functional_model).parameters
+    assert list(arguments)[0] == "model"
     assert type(keras.models.clone_model(keras.Sequential([layers.Dense(1)]))) is keras.Sequential
     clone = keras.models.clone_model(TapeSequential([layers.Dense(1)]))
     assert type(clone) is TapeSequential
@@ -135,12 +138,50 @@ def test_cloning_of_sequential_models_is_ours_for_ours_only():
 
 def test_what_pickle_and_compile_call():
     model = _model()
-    remake, arguments = keras.Model.__reduce__(model)
-    assert remake.__func__ is keras.Model._unpickle_model.__func__
+    remake, arguments = KerasSaveable.__reduce__(model)
+    assert remake.__func__ is KerasSaveable._unpickle_model.__func__ and len(arguments) == 1
     np.testing.assert_array_equal(remake(*arguments)(X), model(X))
     model._assert_compile_called("fit")
     with pytest.raises(ValueError, match="compile"):
         support.functional(STOCK)._assert_compile_called("fit")
+
+
+def test_where_functional_models_are_made():
+    """All go through `keras.Model.__init__`, which rewrites classes that are not ours."""
+    assert keras.Model.__init__.__wrapped__.__module__ == "keras.src.models.model"
+    plain = type("Plain", (keras.Model,), {})
+    inputs = keras.Input((2,))
+    plain(inputs, inputs)
+    assert plain.__bases__ == (Functional,)
+    ours = type("Ours", (TapeModel,), {})
+    ours(inputs, inputs)
+    assert ours.__bases__ == (TapeModel,)
+
+
+def test_what_legacy_files_are_written_by():
+    metadata = saving_utils.model_metadata.__wrapped__(_model())
+    assert metadata["model_config"]["class_name"] == "Functional"
+    assert set(metadata["training_config"]) >= {"loss", "metrics", "optimizer_config"}
+    arguments = inspect.signature(saving_utils.compile_args_from_training_config).parameters
+    assert list(arguments) == ["training_config", "custom_objects"]
+
+
+def test_what_a_tracker_keeps():
+    model = _model()
+    config = model._tracker.config
+    assert set(config) == {
+        "trainable_variables",
+        "non_trainable_variables",
+        "metrics",
+        "layers",
+        "seed_generators",
+    }
+    assert config["trainable_variables"][1] is model._trainable_variables
+    assert config.keys() == model._tracker.stored_ids.keys()
+    lazy = TapeModel()
+    assert lazy._tracker.locked is False and lazy._tracker._lock_violation_msg is None
+    lazy._lock_state()
+    assert lazy._tracker.locked and "already built" in lazy._tracker._lock_violation_msg
 
 
 def test_a_variable_is_tracked_by_its_trainable():
@@ -148,3 +189,5 @@ def test_a_variable_is_tracked_by_its_trainable():
     variable = keras.Variable(1.0, trainable=False)
     layer._track_variable(variable)
     assert layer._non_trainable_variables == [variable] and not layer._trainable_variables
+    layer._untrack_variable(variable)
+    assert not layer._non_trainable_variables
