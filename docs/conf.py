@@ -46,12 +46,17 @@ html_copy_source = False
 html_show_sphinx = False
 
 # Pages that stand at the top of the repository.
-PAGES = {"index": "README.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+PAGES = {
+    "index": "README.md",
+    "contributing": "CONTRIBUTING.md",
+    "security": "SECURITY.md",
+    "changelog": "CHANGELOG.md",
+}
 LINKS = [
     (r"\]\(docs/", "]("),
     (r"\]\(examples\)", "](examples.md)"),
     (r"\]\(examples/", "](../examples/"),
-    (r"\]\((LICENSE|SECURITY\.md|pyproject\.toml|tests)", r"](../\1"),
+    (r"\]\((LICENSE|pyproject\.toml|tests)", r"](../\1"),
     *((rf"\]\({name}", f"]({page}.md") for page, name in PAGES.items()),
 ]
 
