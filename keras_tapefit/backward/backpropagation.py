@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from keras_tapefit.backward.base import GradientMethod, Objective, register
-from keras_tapefit.gradients import Gradients
+from keras_tapefit.backward.base import Batch, Computed, GradientMethod, Objective, register
 
 
 @register
@@ -19,9 +16,8 @@ class Backpropagation(GradientMethod):
     ```
     """
 
-    def compute(self, objective: Objective, batch: tuple[Any, Any, Any]) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: Batch) -> Computed:
         with objective.tape() as tape:
-            loss, outputs = objective.loss(batch)
+            forward = objective.forward(batch)
         variables = objective.variables()
-        gradients = tape.gradient(loss, variables)
-        return Gradients(zip(gradients, variables, strict=True)), outputs
+        return forward.computed([tape.gradient(q, variables) for q in forward.scaled], variables)

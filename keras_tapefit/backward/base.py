@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import keras
@@ -16,34 +19,161 @@ Batch = tuple[Any, Any, Any]
 """`(x, y, sample_weight)`."""
 
 
-class Objective(Protocol):
-    """The loss of a model on a batch, as a way to get gradients sees it.
+@dataclass
+class Quotient:
+    """The terms of a loss that are divided by one number: a sum over elements by their count.
+
+    A loss is a sum of quotients. Where parts of a batch are put together, each quotient
+    counts by its divisor; see `combined`.
 
     Attributes:
-        noted: the loss of the last forward pass, without loss scale.
-        wants_parts: whether the norms of the parts of a batch are asked for.
+        loss: this replica's share of the quotient, a scalar without loss scale; `None`
+            where only gradients are known.
+        divisor: what the quotient of all replicas was divided by, a scalar float32.
+            `None`: by nothing, so that parts add up.
+        terms: by its place among the compiled losses, this replica's share of each of
+            them that is in the quotient, without `loss_weights`.
+        gradients: this replica's share, times the loss scale.
     """
 
-    noted: Any
+    loss: tf.Tensor | None
+    divisor: tf.Tensor | None
+    terms: dict[int, tf.Tensor] = field(default_factory=dict)
+    gradients: Gradients | None = None
 
     @property
-    def wants_parts(self) -> bool: ...
+    def _is_sum(self) -> bool:
+        return self.divisor is None
+
+    @staticmethod
+    def combined(parts: Sequence[Quotient]) -> Quotient:
+        """Returns the quotient of a batch, given those of its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        if first._is_sum:
+            shares: list[Any] = [None] * len(parts)
+            divisor = None
+        else:
+            divisors = [part.divisor for part in parts]
+            divisor = tf.add_n(divisors)
+            # Where nothing counts, nothing is there to be divided.
+            shares = [tf.math.divide_no_nan(d, divisor) for d in divisors]
+
+        def total(values: Sequence[Any]) -> tf.Tensor:
+            return tf.add_n([_times(v, s) for v, s in zip(values, shares, strict=True)])
+
+        terms = {place: total([part.terms[place] for part in parts]) for place in first.terms}
+        return Quotient(total([part.loss for part in parts]), divisor, terms)
+
+
+@dataclass
+class Forward:
+    """What the forward pass of a part of a batch gives.
+
+    Attributes:
+        quotients: of the loss; one, where parts need not be put together afterwards.
+        scaled: the loss of each quotient times the loss scale, to be differentiated.
+        shares: by what this replica's losses were multiplied, one for each quotient.
+        outputs: of the model.
+        examples: the number of this replica's examples, a scalar float32.
+        all_examples: the number of those of all replicas.
+        counts: scalar bool, whether there is an example; `None`: there surely is.
+    """
+
+    quotients: list[Quotient]
+    scaled: list[tf.Tensor]
+    shares: list[Any]
+    outputs: Any
+    examples: tf.Tensor
+    all_examples: tf.Tensor
+    counts: tf.Tensor | None = None
+
+    def computed(self, gradients: Sequence[Sequence[Any]], variables: Sequence[Any]) -> Computed:
+        """Returns what a method returns, given the gradients of each of `scaled`."""
+        quotients = []
+        for quotient, found in zip(self.quotients, gradients, strict=True):
+            pairs = Gradients(zip(found, variables, strict=True))
+            pairs = pairs if self.counts is None else pairs.where(self.counts)
+            quotients.append(replace(quotient, gradients=pairs))
+        return Computed(quotients, self.outputs, self.examples, self.all_examples)
+
+
+@dataclass
+class Computed:
+    """What a `GradientMethod` knows of a batch when it is done.
+
+    Attributes:
+        quotients: of the loss, each with its gradients.
+        outputs: of the forward pass that counts for the metrics.
+        examples: the number of this replica's examples, a scalar float32.
+        all_examples: the number of those of all replicas.
+        norms: the norm of the gradient of each part of the batch, of shape
+            `[num_parts]`, times the loss scale; `None`: the batch was not divided.
+        sizes: the number of examples in each part.
+    """
+
+    quotients: list[Quotient]
+    outputs: Any
+    examples: tf.Tensor
+    all_examples: tf.Tensor
+    norms: tf.Tensor | None = None
+    sizes: tf.Tensor | None = None
+
+    @property
+    def loss(self) -> tf.Tensor | None:
+        """This replica's share of the loss, without loss scale; `None`: unknown."""
+        losses = [quotient.loss for quotient in self.quotients if quotient.loss is not None]
+        return sum_of(losses) if losses else None
+
+    def part_norms(self, num_replicas: int) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """Returns the norms and sizes of the parts of the batch of all replicas.
+
+        `None`: the batch was not divided.
+        """
+        if self.norms is not None and self.sizes is not None:
+            return self.norms, self.sizes
+        if num_replicas == 1:
+            return None
+        norm = tf.cast(self.gradients.global_norm(), tf.float32)
+        # As if this replica's part were alone.
+        norm *= tf.math.divide_no_nan(self.all_examples, self.examples)
+        return tf.reshape(norm, [1]), tf.reshape(self.examples, [1])
+
+    @property
+    def gradients(self) -> Gradients:
+        """This replica's share of the gradients of the loss, times the loss scale."""
+        found = [q.gradients for q in self.quotients if q.gradients is not None]
+        return functools.reduce(Gradients.plus, found)
+
+    @property
+    def terms(self) -> dict[int, tf.Tensor]:
+        """This replica's share of each compiled loss, without `loss_weights`."""
+        return {place: value for q in self.quotients for place, value in q.terms.items()}
+
+
+def sum_of(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns the sum of some scalars; of a single one that one itself."""
+    return values[0] if len(values) == 1 else tf.add_n(list(values))
+
+
+def _times(value: tf.Tensor, share: Any) -> tf.Tensor:
+    # A part without an example has a loss that is no number.
+    value = tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+    return value if share is None else tf.math.multiply_no_nan(value, tf.cast(share, value.dtype))
+
+
+class Objective(Protocol):
+    """The loss of a model on a batch, as a way to get gradients sees it."""
 
     def tape(self, persistent: bool = False) -> tf.GradientTape:
         """Returns a tape that watches the variables being trained."""
 
-    def loss(self, batch: tuple[Any, Any, Any]) -> tuple[tf.Tensor, Any]:
-        """Runs the forward pass, in training mode, and the loss.
+    def forward(self, batch: Batch) -> Forward:
+        """Runs the forward pass, in training mode, and the loss."""
 
-        Args:
-            batch: `(x, y, sample_weight)`.
-
-        Returns:
-            The scalar loss, times the loss scale, and the model's outputs.
-        """
-
-    def losses(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Any]:
-        """Runs the forward pass, in training mode, and each loss by itself.
+    def tasks(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Forward]:
+        """Runs the forward pass, in training mode, and each loss separately.
 
         Args:
             batch: `(x, y, sample_weight)`.
@@ -52,8 +182,8 @@ class Objective(Protocol):
 
         Returns:
             The scalar losses, weights of `compile` included; what comes to the loss
-            beside them, such as regularization, or `None`; both times the loss scale;
-            and the model's outputs.
+            besides them, such as regularization, or `None`; both times the loss scale;
+            and what the forward pass gave, with one quotient.
         """
 
     def state(self) -> Any:
@@ -65,7 +195,8 @@ class Objective(Protocol):
         values: list[Any] | None = None,
         state: Any = None,
         example: Any = None,
-    ) -> tuple[tf.Tensor, list[Any]]:
+        like: Forward | None = None,
+    ) -> tuple[tf.Tensor, list[list[Any]]]:
         """Runs a forward and a backward pass that leave nothing behind.
 
         To be asked after a forward pass that counts.
@@ -77,9 +208,12 @@ class Objective(Protocol):
                 pass that counts repeats that pass: the same dropout, say.
             example: a scalar integer; passes with different ones draw different random
                 numbers.
+            like: the pass that counts, whose quotients and shares are used; `None`: one
+                quotient, of a batch that is this replica's alone.
 
         Returns:
-            The scalar loss, times the loss scale, and its gradients by `variables()`.
+            The scalar loss, times the loss scale, and for each quotient its gradients
+            by `variables()`.
         """
 
     def steps(self) -> tf.Tensor:
@@ -109,30 +243,14 @@ class Objective(Protocol):
     def batch_size(self, batch: Batch) -> Any:
         """Returns the number of examples: an integer where it is known, else a tensor."""
 
-    def weight(self, batch: Batch, outputs: Any) -> tf.Tensor:
-        """Returns the weight of a part of a batch in the loss of the whole.
-
-        Args:
-            batch: the part.
-            outputs: of the model on the part.
-        """
+    def part(self, batch: Batch, start: Any, stop: Any) -> Batch:
+        """Returns the examples of a batch from `start` to `stop`."""
 
     def masks(self, outputs: Any) -> list[Any]:
         """Returns the mask of each output, flat, `None` where there is none."""
 
     def set_masks(self, outputs: Any, masks: list[Any]) -> None:
         """Gives each output its mask."""
-
-    def note(self, loss: Any) -> None:
-        """Says what the loss of the step is, for hooks and records."""
-
-    def note_parts(self, norms: tf.Tensor, weights: tf.Tensor) -> None:
-        """Says how large the gradients of the parts of the batch are.
-
-        Args:
-            norms: of shape `[num_parts]`.
-            weights: of shape `[num_parts]`, as `weight` gives them.
-        """
 
 
 class GradientMethod:
@@ -150,16 +268,12 @@ class GradientMethod:
         self._live = {}
         return self
 
-    def compute(self, objective: Objective, batch: tuple[Any, Any, Any]) -> tuple[Gradients, Any]:
-        """Returns the gradients of the loss on a batch, and the model's outputs.
+    def compute(self, objective: Objective, batch: Batch) -> Computed:
+        """Returns the gradients of the loss on a batch, and all else that is known of it.
 
         Args:
             objective: the loss of the model.
             batch: `(x, y, sample_weight)`.
-
-        Returns:
-            `Gradients`, times the loss scale, and the outputs of the forward pass that
-            counts for the metrics.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `compute`.")
 

@@ -12,12 +12,13 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import (
     Batch,
+    Computed,
     GradientMethod,
     LiveNumber,
     Objective,
     register,
 )
-from keras_tapefit.gradients import Gradients, draws
+from keras_tapefit.gradients import draws
 from keras_tapefit.gradients.checks import check_count, check_integer
 from keras_tapefit.gradients.norms import rows_norm, wide
 from keras_tapefit.gradients.sparse import to_dense
@@ -103,10 +104,10 @@ class PerExampleClipping(GradientMethod):
         self.seed = seed
         self._drawn = random.SystemRandom().getrandbits(62) if seed is None else seed
 
-    def compute(self, objective: Objective, batch: Batch) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: Batch) -> Computed:
         _refuse(objective.layers())
         state = objective.state()
-        _, outputs = objective.loss(batch)
+        forward = objective.forward(batch)
         variables = objective.variables()
         size = objective.batch_size(batch)
         sums, overflow = self._clipped_sums(objective, batch, state, size)
@@ -124,7 +125,7 @@ class PerExampleClipping(GradientMethod):
             return tf.cast(tf.where(overflow, float("nan"), total), variable.dtype)
 
         values = [finished(*row) for row in zip(sums, noise, variables, strict=True)]
-        return Gradients(zip(values, variables, strict=True)), outputs
+        return forward.computed([values], variables)
 
     def _clipped_sums(
         self, objective: Objective, batch: Batch, state: Any, size: Any
@@ -136,7 +137,7 @@ class PerExampleClipping(GradientMethod):
         def one(inputs: Any) -> Any:
             example, index = inputs
             example = _with_values(batch, [tf.expand_dims(value, 0) for value in example])
-            loss, gradients = objective.gradients_at(example, None, state, index)
+            loss, [gradients] = objective.gradients_at(example, None, state, index)
             missing[:] = [g is None for g in gradients]
             return loss, [to_dense(g) for g in gradients if g is not None]
 
@@ -156,8 +157,7 @@ class PerExampleClipping(GradientMethod):
         self, objective: Objective, losses: tf.Tensor, gradients: list[tf.Tensor], counted: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         scale, is_dynamic = objective.loss_scale()
-        # The loss of an example is what Keras makes of it, scaled and shared out.
-        factor = objective.num_replicas() / (1.0 if scale is None else tf.cast(scale, tf.float32))
+        factor = 1.0 if scale is None else 1.0 / tf.cast(scale, tf.float32)
         gradients = [wide(g) for g in gradients]
         norms = rows_norm([tf.reshape(g, [tf.shape(g)[0], -1]) for g in gradients])
         dtype = norms.dtype

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import (
     Batch,
+    Computed,
     GradientMethod,
     Objective,
     register,
@@ -75,9 +76,9 @@ class ProjectedConflicts(GradientMethod):
         self.tasks = tasks
         self.seed = seed
 
-    def compute(self, objective: Objective, batch: Batch) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: Batch) -> Computed:
         with objective.tape(persistent=True) as tape:
-            losses, rest, outputs = objective.losses(batch, self.tasks)
+            losses, rest, forward = objective.tasks(batch, self.tasks)
         _check(losses)
         variables = objective.variables()
         found = [tape.gradient(loss, variables) for loss in losses]
@@ -97,7 +98,8 @@ class ProjectedConflicts(GradientMethod):
         left = iter(self._projected(rows, objective.steps()))
         total = [next(left) if is_used else None for is_used in used]
         gradients = Gradients(zip(total, variables, strict=True))
-        return gradients.plus(Gradients(zip(added, variables, strict=True))), outputs
+        gradients = gradients.plus(Gradients(zip(added, variables, strict=True)))
+        return forward.computed([gradients.values()], variables)
 
     def _projected(self, rows: list[list[tf.Tensor]], step: tf.Tensor) -> list[tf.Tensor]:
         """Returns the sum of the projected gradients of the tasks, one list each."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.backward.backpropagation import Backpropagation
 from keras_tapefit.backward.base import (
     Batch,
+    Computed,
     GradientMethod,
     LiveNumber,
     Objective,
@@ -82,25 +82,29 @@ class SharpnessAware(GradientMethod):
         self.every = every
         self.synchronize = synchronize
 
-    def compute(self, objective: Objective, batch: Batch) -> tuple[Gradients, Any]:
+    def compute(self, objective: Objective, batch: Batch) -> Computed:
         state = objective.state()
-        gradients, outputs = Backpropagation().compute(objective, batch)
-        variables = gradients.variables
-        clean = gradients.values()
+        with objective.tape() as tape:
+            forward = objective.forward(batch)
+        variables = objective.variables()
+        clean = [tape.gradient(q, variables) for q in forward.scaled]
+        computed = forward.computed(clean, variables)
+        known = [[g is not None for g in row] for row in clean]
 
         def again() -> list[Any]:
-            values = self._uphill(objective, gradients)
-            _, found = objective.gradients_at(batch, values, state)
-            return [g for g, before in zip(found, clean, strict=True) if before is not None]
+            values = self._uphill(objective, computed.gradients)
+            _, found = objective.gradients_at(batch, values, state, like=forward)
+            rows = zip(found, known, strict=True)
+            return [g for row, flags in rows for g, is_known in zip(row, flags, strict=True) if is_known]
 
-        present = [g for g in clean if g is not None]
+        present = [g for row in clean for g in row if g is not None]
         if self.every == 1:
             present = again()
         else:
             present = tf.cond(objective.steps() % self.every == 0, again, lambda: present)
         left = iter(present)
-        values = [None if g is None else next(left) for g in clean]
-        return Gradients(zip(values, variables, strict=True)), outputs
+        uphill = [[next(left) if is_known else None for is_known in flags] for flags in known]
+        return forward.computed(uphill, variables)
 
     def _uphill(self, objective: Objective, gradients: Gradients) -> list[tf.Tensor]:
         """Returns `w + ε` for each variable, `w` where the loss does not depend on it."""
@@ -130,9 +134,7 @@ class SharpnessAware(GradientMethod):
 
 
 def _summed(objective: Objective, gradients: Gradients) -> Gradients:
-    present = [g for g in gradients.values() if g is not None]
-    left = iter(objective.sum_over_replicas(present))
-    return Gradients([(None if g is None else next(left), v) for g, v in gradients.pairs()])
+    return gradients.with_present(objective.sum_over_replicas(gradients.present()))
 
 
 def _sizes(objective: Objective, variable: Any) -> Any:

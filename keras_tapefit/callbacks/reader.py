@@ -109,7 +109,7 @@ class RecordReader(keras.callbacks.Callback):
         # After all callbacks have begun: one of them may have restored the model.
         runtime = runtime_of(self.model)
         optimizer = self.model.optimizer
-        runtime.prepare(optimizer)
+        runtime.prepare()
         recording = runtime.recording
         if recording.records is None:
             return

@@ -189,6 +189,48 @@ class Gradients:
 
         return self._with([scaled(g) for g in self._values])
 
+    def present(self) -> list[Any]:
+        """The gradients that are not `None`, in order."""
+        return [gradient for gradient in self._values if gradient is not None]
+
+    def with_present(self, values: Iterable[Any]) -> Gradients:
+        """Returns these gradients with others in the place of those that are not `None`.
+
+        Args:
+            values: one gradient for each of `present()`, in its order.
+
+        Returns:
+            New `Gradients` of the same variables; `None` stays `None`.
+
+        Raises:
+            ValueError: when there are more or fewer of them.
+
+        Example:
+
+        ```python
+        halves = gradients.with_present([g * 0.5 for g in gradients.present()])
+        ```
+        """
+        given = list(values)
+        present = [i for i, gradient in enumerate(self._values) if gradient is not None]
+        if len(given) != len(present):
+            raise ValueError(
+                f"`values` must hold {len(present)} gradients, one for each that is not None. "
+                f"Received: {len(given)}."
+            )
+        merged = [None] * len(self)
+        for position, value in zip(present, given, strict=True):
+            merged[position] = value
+        return self._with(merged, unique_rows=False)
+
+    def where(self, condition: tf.Tensor) -> Gradients:
+        """Returns these gradients where a scalar bool is true, else zeros: not 0 · NaN."""
+        chosen = [
+            _sparse.with_values(g, tf.where(condition, _sparse.values_of(g), 0))
+            for g in self.present()
+        ]
+        return self.with_present(chosen)
+
     def plus(self, other: Gradients) -> Gradients:
         """Adds the gradients of `other`, of the same variables in the same order."""
         sums = [_sparse.add(a, b) for a, b in zip(self._values, other._values, strict=True)]
@@ -248,16 +290,11 @@ class Gradients:
 
     def all_finite(self) -> tf.Tensor:
         """Returns a scalar bool: no gradient holds NaN or an infinity."""
-        checks = [
-            tf.reduce_all(tf.math.is_finite(_sparse.values_of(g)))
-            for g in self._values
-            if g is not None
-        ]
+        checks = [tf.reduce_all(tf.math.is_finite(_sparse.values_of(g))) for g in self.present()]
         return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
 
     def _dense_values(self) -> list[tf.Tensor]:
-        unique = self.with_unique_rows()
-        return [_sparse.values_of(g) for g in unique._values if g is not None]
+        return [_sparse.values_of(g) for g in self.with_unique_rows().present()]
 
     def _subset(self, positions: Sequence[int]) -> Gradients:
         return Gradients(

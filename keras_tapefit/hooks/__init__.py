@@ -20,7 +20,6 @@ from keras_tapefit.hooks.monitoring import GradientMonitor as GradientMonitor
 from keras_tapefit.hooks.monitoring import UpdateMonitor as UpdateMonitor
 from keras_tapefit.hooks.noise_scale import NoiseScale as NoiseScale
 from keras_tapefit.hooks.number import Number as Number
-from keras_tapefit.hooks.order import order_findings as order_findings
 from keras_tapefit.hooks.shaping import Centralization as Centralization
 from keras_tapefit.hooks.shaping import GradientNoise as GradientNoise
 from keras_tapefit.hooks.shaping import GradientScaling as GradientScaling

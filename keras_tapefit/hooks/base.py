@@ -30,10 +30,10 @@ class GradientHook:
     step, in every mode that `fit` has, so `apply` must be made of TensorFlow or
     `keras.ops` operations.
 
-    Subclasses implement `apply`, and `build` where they keep state. A subclass whose
-    `apply` calls `skip_step` says so with `may_skip_steps = True`, one that reads `loss`
-    with `uses_loss = True`, and one that implements `after_update` with
-    `watches_update = True`.
+    Subclasses implement `apply`, and `build` where they keep state; `after_update` and
+    `on_validation` are called where a subclass implements them. A subclass whose `apply`
+    calls `skip_step` says so with `may_skip_steps = True`, and one that reads `loss` with
+    `uses_loss = True`.
 
     Args:
         targets: the variables the hook is for: a layer, a variable, a predicate on a
@@ -58,8 +58,6 @@ class GradientHook:
     may_skip_steps: ClassVar[bool] = False
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
-    watches_update: ClassVar[bool] = False
-    watches_validation: bool = False
     uses_step_count: bool = False
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
@@ -111,6 +109,16 @@ class GradientHook:
     def _default_name(cls) -> str:
         words = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", cls.__name__.lstrip("_"))
         return re.sub("([a-z])([A-Z])", r"\1_\2", words).lower()
+
+    @property
+    def watches_update(self) -> bool:
+        """Whether `after_update` is to be called: where the class implements it."""
+        return type(self).after_update is not GradientHook.after_update
+
+    @property
+    def watches_validation(self) -> bool:
+        """Whether `on_validation` is to be called: where the class implements it."""
+        return type(self).on_validation is not GradientHook.on_validation
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -265,8 +273,7 @@ class GradientHook:
     def after_update(self, before: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:
         """Looks at, or changes, what the optimizer made of the weights.
 
-        Runs after the update, skipped or not; `report` may be used. For hooks with
-        `watches_update = True`.
+        Runs after the update, skipped or not; `report` may be used.
 
         Args:
             before: the values of the hook's variables before the update.
@@ -276,7 +283,7 @@ class GradientHook:
     def on_validation(self, gradients: Gradients) -> None:
         """Looks at the gradients of a batch of `evaluate`; `report` may be used.
 
-        For hooks with `watches_validation = True`.
+        A class that implements it has each of these batches go through a backward pass.
 
         Args:
             gradients: of the hook's variables that are being trained.

@@ -187,6 +187,11 @@ class HookList(MutableSequence[GradientHook]):
         """Whether any of the hooks looks at the gradients of validation batches."""
         return any(hook.watches_validation for hook in self._hooks)
 
+    def undone_variables(self) -> list[Any]:
+        """Returns the state that a rejected step must not change."""
+        lasting = {id(v) for hook in self._hooks for v in hook._lasting}
+        return [v for hook in self._hooks for v in hook.variables if id(v) not in lasting]
+
     def structure(self) -> tuple[tuple[GradientHook, int], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
         return tuple((hook, hook._structure) for hook in self._hooks)

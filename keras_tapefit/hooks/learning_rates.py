@@ -40,7 +40,6 @@ class LearningRateMultiplier(GradientHook):
     ```
     """
 
-    watches_update = True
     factor = Number(minimum=0)
 
     def __init__(self, factor: Any, targets: Targets = None, name: str | None = None) -> None:

@@ -71,7 +71,12 @@ class GradientMonitor(GradientHook):
         check_bool("per_variable", per_variable)
         check_bool("validation", validation)
         self.per_variable = per_variable
-        self.validation = self.watches_validation = validation
+        self.validation = validation
+
+    @property
+    def watches_validation(self) -> bool:
+        """Whether it is asked to look at the batches of `evaluate`."""
+        return self.validation
 
     def build(self, variables: Sequence[Any]) -> None:
         watched = variables if self.validation else []
@@ -135,8 +140,6 @@ class UpdateMonitor(GradientHook):
     model.register_gradient_hook(hooks.UpdateMonitor())
     ```
     """
-
-    watches_update = True
 
     def __init__(
         self, per_variable: bool = False, targets: Targets = None, name: str | None = None

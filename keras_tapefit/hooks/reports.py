@@ -1,6 +1,7 @@
 """Epoch means of what hooks report, kept outside the model's metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -17,34 +18,46 @@ class Reports:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.live: list[str] = []
         self._entries: dict[str, tuple[int, str]] = {}
-        self._state = keras.Variable(
+        self._owners: dict[str, Any] = {}
+        self.state = keras.Variable(
             tf.zeros((2, capacity)),
             dtype="float32",
             trainable=False,
             autocast=False,
             aggregation="none",
-            name="reports",
+            name="log_entries",
         )
 
-    def add(self, reports: Sequence[Report], accepted: tf.Tensor | None) -> list[str]:
-        """Adds one step's reports and returns their names.
+    def add(
+        self,
+        reports: Sequence[Report],
+        accepted: tf.Tensor | None,
+        taken: Collection[str] = (),
+    ) -> None:
+        """Adds one step's reports.
 
         Args:
             reports: of one step; a hook may report a name several times.
             accepted: scalar bool; the reports of a rejected step are left out, but for
                 those that no hook made. `None`: the step is accepted.
+            taken: the names of the model's own log entries.
 
         Raises:
-            ValueError: when two hooks report the same name, or there is no more room.
+            ValueError: when two hooks report the same name, a name is taken, or there is
+                no more room.
         """
         owners: dict[str, object] = {}
         for report in reports:
+            if report.name in taken:
+                raise ValueError(
+                    f"The hook {report.hook.name!r} reports {report.name!r}, which is a log "
+                    "entry of the model itself. Choose another name."
+                )
             if owners.setdefault(report.name, report.hook) is not report.hook:
                 raise ValueError(f"Two hooks report {report.name!r}. Give one of them a `name`.")
         if not reports:
-            return []
+            return
         slots = [self._slot(report) for report in reports]
         counts = tf.stack([tf.cast(report.weight, tf.float32) for report in reports])
         values = tf.stack([report.value for report in reports]) * counts
@@ -59,15 +72,15 @@ class Reports:
                 tf.math.unsorted_segment_sum(counts, slots, self.capacity),
             ]
         )
-        self._state.assign(self._state.value + update)
-        return list(owners)
+        self.state.assign(self.state.value + update)
 
     def results(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Returns each entry's mean, or sum, over the steps since the last reset."""
         if not names:
             return {}
-        totals, counts = tf.unstack(tf.convert_to_tensor(self._state.value))
-        means = tf.math.divide_no_nan(totals, counts)
+        totals, counts = tf.unstack(tf.convert_to_tensor(self.state.value))
+        # Of no step there is no mean: NaN.
+        means = totals / counts
         sources = {"mean": means, "sum": totals}
         return {
             name: sources[reduction][slot]
@@ -75,20 +88,42 @@ class Reports:
             for slot, reduction in [self._entries[name]]
         }
 
-    def names(self) -> list[str]:
-        """Returns all log entries there have been."""
-        return list(self._entries)
+    def verdicts(self) -> tuple[int, int]:
+        """Returns how many steps counted since the last reset, and how many were skipped."""
+        if "skipped_steps" not in self._entries:
+            return 0, 0
+        slot = self._entries["skipped_steps"][0]
+        copies = getattr(self.state.value, "values", [self.state.value])
+        skipped, steps = copies[0].numpy()[:, slot]
+        return int(steps - skipped), int(skipped)
+
+    def names(self, owners: Collection[Any]) -> list[str]:
+        """Returns the log entries of some hooks; `None` stands for those of no hook."""
+        ids = {id(owner) for owner in owners}
+        return [name for name, owner in self._owners.items() if id(owner) in ids]
+
+    def keep(self, owners: Collection[Any]) -> None:
+        """Lets go of the log entries of all other hooks."""
+        for name in set(self._owners) - set(self.names(owners)):
+            del self._owners[name], self._entries[name]
 
     def reset(self) -> None:
         """Begins a new epoch."""
-        self._state.assign(tf.zeros((2, self.capacity)))
+        self.state.assign(tf.zeros((2, self.capacity)))
 
     def _slot(self, report: Report) -> int:
-        if report.name not in self._entries:
-            if len(self._entries) == self.capacity:
-                raise ValueError(
-                    f"There is room for {self.capacity} log entries. The entry "
-                    f"{report.name!r} of hook {report.hook.name!r} is one too many."
-                )
-            self._entries[report.name] = (len(self._entries), report.reduction)
-        return self._entries[report.name][0]
+        known = self._entries.get(report.name)
+        if known is not None and self._owners[report.name] is report.hook:
+            return known[0]
+        used = {slot for name, (slot, _) in self._entries.items() if name != report.name}
+        free = next((slot for slot in range(self.capacity) if slot not in used), None)
+        if free is None:
+            raise ValueError(
+                f"There is room for {self.capacity} log entries. The entry "
+                f"{report.name!r} of hook {report.hook.name!r} is one too many."
+            )
+        # An entry of another hook's of this name keeps its slot, if there is one.
+        slot = free if known is None else known[0]
+        self._entries[report.name] = (slot, report.reduction)
+        self._owners[report.name] = report.hook
+        return slot

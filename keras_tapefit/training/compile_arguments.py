@@ -85,6 +85,9 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
         config["micro_batches"] = runtime.micro_batches
     if runtime.jit_compile == "update":
         config["jit_compile"] = "update"
+    frozen = [i for i, v in enumerate(runtime.candidates()) if not v.trainable]
+    if frozen:
+        config["frozen"] = frozen
     return config
 
 

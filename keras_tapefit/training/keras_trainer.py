@@ -1,20 +1,16 @@
 """What the Keras trainer hides.
 
-Private names used here: `Model._compute_loss`, `_loss_tracker`, `_assert_compile_called`,
+Private names used here: `Model._loss_tracker`, `_assert_compile_called`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
 `TFEpochIterator._distributed_dataset`,
-`_compile_loss`, `CompileLoss._flat_losses`, `_aggregate_additional_loss`,
-`keras.src.backend.tensorflow.trainer.reduce_per_replica`,
-`keras.src.losses.loss.unscale_loss_for_distribution` and
-`scale_loss_for_distribution`, and of
+`keras.src.backend.tensorflow.trainer.reduce_per_replica`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`.
 Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +18,6 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
-from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 
 from keras_tapefit.update import replicas
 
@@ -42,113 +37,28 @@ def check_compiled(model: Any, method: str) -> None:
     model._assert_compile_called(method)
 
 
-def compute_loss(model: Any, batch: tuple[Any, Any, Any], y_pred: Any, training: bool) -> Any:
-    """Calls `compute_loss`, of the signature with or without `training`."""
-    x, y, sample_weight = batch
-    loss = model._compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-    )
-    # Of a replica without an example Keras gives the losses of none, not their mean.
-    return loss if replicas.count() == 1 else tf.reduce_sum(loss)
-
-
-def build_losses(model: Any, batch: tuple[Any, Any, Any]) -> None:
-    """Has a model look up what its losses are; to be called before the forward pass.
-
-    Raises:
-        ValueError: when the model is compiled without a loss.
-    """
-    if model._compile_loss is None:
-        raise ValueError(
-            "There are no losses to tell apart: the model is compiled without any. Pass "
-            "`loss` to `compile`, one for each output, or give `tasks`."
-        )
-    if not model._compile_loss.built:
-        model._symbolic_build(data_batch=batch)
-
-
-def separate_losses(model: Any, batch: tuple[Any, Any, Any], y_pred: Any) -> tuple[Any, list[Any]]:
-    """Calls `compute_loss`, and listens to the losses that it calls in turn.
-
-    Returns:
-        The loss, and of each loss that the model is compiled with its term therein,
-        `loss_weights` included.
-    """
-    compiled = model._compile_loss
-    compiled._flat_losses[:] = [
-        item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
-        for item in compiled._flat_losses
-    ]
-    heard: list[Any] = []
-    _heard.values = heard
-    try:
-        total = compute_loss(model, batch, y_pred, training=True)
-    finally:
-        _heard.values = None
-    terms = []
-    for item, value in zip(compiled._flat_losses, heard, strict=False):
-        value = tf.cast(value, compiled.dtype)
-        terms.append(value if item.loss_weights is None else value * item.loss_weights)
-    return total, terms
-
-
-class _Listened:
-    """A loss that tells what it gave, in the thread that listens.
+def track_loss(model: Any, loss: Any, examples: Any, all_examples: Any) -> None:
+    """Adds a batch's loss to the epoch mean, weighted by the batch size.
 
     Args:
-        loss: the loss.
+        model: the model.
+        loss: this replica's share of the loss.
+        examples: the number of this replica's examples.
+        all_examples: that of all replicas; on one replica the same.
     """
-
-    def __init__(self, loss: Any) -> None:
-        self._loss = loss
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        value = self._loss(*args, **kwargs)
-        if _heard.values is not None:
-            _heard.values.append(value)
-        return value
+    if replicas.count() > 1:
+        # The shares add up to the loss, whatever each replica's part is.
+        loss = tf.math.multiply_no_nan(loss, tf.math.divide_no_nan(all_examples, examples))
+    model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
-class _Heard(threading.local):
-    values: list[Any] | None = None
-
-
-_heard = _Heard()
-
-
-def additional_losses(model: Any) -> list[Any]:
-    """Returns what comes to the loss beside the compiled ones, one scalar each."""
-    return [model._aggregate_additional_loss(loss) for loss in model.losses]
-
-
-def overrides_compute_loss(model: Any) -> bool:
-    """Whether the loss is computed in a way of the model's own."""
-    return type(model).compute_loss is not keras.Model.compute_loss
-
-
-def averages_examples(model: Any) -> bool:
-    """Whether the loss of a batch is known to be a mean over its examples."""
-    return not overrides_compute_loss(model) and all(
-        loss.reduction != "sum" for loss in _losses(model)
-    )
-
-
-def share_of_replica(loss: Any) -> Any:
-    """Returns what a replica adds to the loss, given the loss of its part of a batch."""
-    return scale_loss_for_distribution(loss)
-
-
-def track_loss(model: Any, loss: Any, x: Any) -> None:
-    """Adds a batch's loss to the epoch mean, weighted by the batch size."""
-    update_tracker(model, loss, batch_size(x))
-
-
-def update_tracker(model: Any, loss: Any, weight: Any) -> None:
-    """Adds the loss of a replica's part of a batch to the epoch mean, by its weight."""
+def update_tracker(model: Any, loss: Any, examples: Any) -> None:
+    """Adds the loss of a replica's part of a batch to the epoch mean."""
+    loss = tf.convert_to_tensor(loss)
     if replicas.count() > 1:
         # A replica without an example of the last batch has no number for a mean.
-        loss = tf.where(weight > 0, loss, tf.zeros_like(loss))
-    model._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=weight)
+        loss = tf.where(examples > 0, loss, tf.zeros_like(loss))
+    model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
 def batch_size(x: Any) -> tf.Tensor:
@@ -169,32 +79,6 @@ def static_batch_size(x: Any) -> Any:
     return tf.shape(first)[0] if known is None else int(known)
 
 
-def loss_weight(model: Any, batch: tuple[Any, Any, Any], y_pred: Any) -> tf.Tensor:
-    """Returns by what the loss of a part of a batch counts in that of the whole batch.
-
-    What Keras's reductions divide by: the number of examples; with a mask on the output
-    the number of unmasked elements; with `"mean_with_sample_weight"` the total weight.
-
-    Raises:
-        ValueError: when a loss is compiled with `reduction="sum"`.
-    """
-    x, _, sample_weight = batch
-    reductions = {loss.reduction for loss in _losses(model)}
-    if "sum" in reductions:
-        raise ValueError(
-            "`micro_batches` needs a loss that is a mean over examples. Received: a loss "
-            "with reduction='sum', whose regularization terms would count once for each "
-            "part. Use reduction='sum_over_batch_size' and a larger learning rate."
-        )
-    if reductions == {"mean_with_sample_weight"} and sample_weight is not None:
-        weights = keras.tree.flatten(sample_weight)
-        return tf.reduce_sum(tf.cast(weights[0], tf.float32))
-    masks = masks_of(y_pred)
-    if len(masks) == 1 and masks[0] is not None:
-        return tf.reduce_sum(tf.cast(masks[0], tf.float32))
-    return tf.cast(batch_size(x), tf.float32)
-
-
 def masks_of(y_pred: Any) -> list[Any]:
     """Returns the mask of each output, flat; `None` where there is none."""
     return [get_keras_mask(output) for output in keras.tree.flatten(y_pred)]
@@ -205,11 +89,6 @@ def set_masks(y_pred: Any, masks: list[Any]) -> None:
     for output, mask in zip(keras.tree.flatten(y_pred), masks, strict=True):
         if mask is not None:
             set_keras_mask(output, mask)
-
-
-def _losses(model: Any) -> list[Any]:
-    given = keras.tree.flatten(model.loss) if model.loss is not None else []
-    return [loss for loss in given if isinstance(loss, keras.losses.Loss)]
 
 
 def loss_tracker(model: Any) -> Any:
@@ -249,7 +128,12 @@ def symbolic_build(model: Any, data_batch: Any) -> None:
         model._symbolic_build(data_batch=data_batch)
 
 
-def build_from_spec(model: Any, epoch_iterator: Any) -> None:
+def is_built(model: Any) -> bool:
+    """Whether a model has its weights, or cannot be built by a batch."""
+    return model.built and all(layer.built for layer in model.layers)
+
+
+def build_from_spec(model: Any, epoch_iterator: Any, data_batch: Any = None) -> None:
     """Makes the state of a model, its losses and metrics, but not of its optimizer.
 
     Keras leaves that to the first step. No batch is taken for it: shuffling goes on as it
@@ -257,18 +141,39 @@ def build_from_spec(model: Any, epoch_iterator: Any) -> None:
 
     Args:
         model: the model.
-        epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`.
+        epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
+        data_batch: a batch, where there is no iterator.
     """
-    spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    spec = data_batch
+    if epoch_iterator is not None:
+        spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    if spec is not None and strategy_of(model) is None:
+        build(model, spec)
+
+
+def build(model: Any, data_batch: Any) -> None:
+    """Makes the state of a model for a batch of this shape, if Keras can do it."""
     optimizer = model.optimizer
-    if spec is None or optimizer is None or strategy_of(model) is not None:
-        return
-    was_built = optimizer.built
-    optimizer.built = True
+    was_built = optimizer is None or optimizer.built
+    if optimizer is not None:
+        optimizer.built = True
     try:
-        model._symbolic_build(data_batch=spec)
+        model._symbolic_build(data_batch=keras.utils.unpack_x_y_sample_weight(data_batch))
     except Exception:
         # The first step builds what is left, or shows what is wrong.
         return
     finally:
-        optimizer.built = was_built
+        if optimizer is not None:
+            optimizer.built = was_built
+
+
+def may_run_out(epoch_iterator: Any) -> bool:
+    """Whether data may end before Keras expects it to: in the middle of a `fit`."""
+    given = getattr(epoch_iterator, "steps_per_epoch", None)
+    return given is not None or getattr(epoch_iterator, "num_batches", None) is None
+
+
+def as_tensor(value: Any) -> Any:
+    """Returns an array as a tensor; sparse and ragged ones, and `None`, as they are."""
+    composite = isinstance(value, tf.SparseTensor | tf.RaggedTensor)
+    return value if value is None or composite else tf.convert_to_tensor(value)

@@ -9,67 +9,152 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tapefit.backward.base import Batch
+from keras_tapefit.backward.base import Batch, Forward, Quotient, sum_of
 from keras_tapefit.gradients import layers_of
-from keras_tapefit.training import keras_trainer
+from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.bare_variables import AdoptedVariable
-from keras_tapefit.training.runtime import runtime_of
-from keras_tapefit.training.scope import note_loss, note_parts
+from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers, replicas, trainable
+from keras_tapefit.update.rollback import Rollback
 
 
 class ModelObjective:
     """See `keras_tapefit.backward.base.Objective`.
 
     Args:
-        model: the model.
+        runtime: the private side of the model.
         training: whether layers run as in training.
+        apart: whether quotients are kept apart, to be put together with those of other
+            parts: of micro-batches, or of the steps of a window.
     """
 
-    def __init__(self, model: Any, training: bool = True) -> None:
-        self._model = model
+    def __init__(self, runtime: Runtime, training: bool = True, apart: bool = False) -> None:
+        self._model = runtime.model
+        self._runtime = runtime
         self._training = training
-        self._runtime = runtime_of(model)
-        self.noted: Any = None
-
-    @property
-    def wants_parts(self) -> bool:
-        return self._runtime.hooks.uses_parts
+        self._apart = apart
+        # Replicas get unequal parts of an uneven batch, micro-batches of a small one.
+        self._may_be_empty = replicas.count() > 1 or runtime.micro_batches > 1
 
     def tape(self, persistent: bool = False) -> tf.GradientTape:
         model = self._model
         variables = model.trainable_variables
+        persistent = persistent or self._apart
         if not model.built or len(variables) == len(self._runtime.candidates()):
             return tf.GradientTape(persistent=persistent)
         return _TapeOf([v.value for v in variables], persistent)
 
-    def loss(self, batch: Batch) -> tuple[tf.Tensor, Any]:
-        loss, y_pred = self._loss(batch)
-        self.note(loss)
-        return self._scaled(loss), y_pred
+    def forward(self, batch: Batch) -> Forward:
+        examples, counts = self._examples(batch)
+        with self._undone_unless(counts), losses.undivided():
+            y_pred = keras_trainer.forward(self._model, batch[0], self._training)
+            found = self._quotients(batch, y_pred, examples)
+        shares, all_examples = self._shares(found, examples)
+        found = [
+            Quotient(
+                _part_of(quotient.loss, share),
+                divisor,
+                {place: _part_of(value, share) for place, value in quotient.terms.items()},
+            )
+            for quotient, (share, divisor) in zip(found, shares, strict=True)
+        ]
+        factors = [share for share, _ in shares]
+        if not self._apart and len(found) > 1:
+            terms = {place: v for quotient in found for place, v in quotient.terms.items()}
+            found = [Quotient(sum_of([q.loss for q in found]), all_examples, terms)]
+        scaled = [self._scaled(quotient.loss) for quotient in found]
+        return Forward(found, scaled, factors, y_pred, examples, all_examples, counts)
 
-    def losses(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Any]:
+    def tasks(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Forward]:
         model = self._model
         if tasks is None:
-            keras_trainer.build_losses(model, batch)
-        y_pred = keras_trainer.forward(model, batch[0], training=True)
-        if tasks is None:
-            total, terms = keras_trainer.separate_losses(model, batch, y_pred)
-            rest = None
-            if model.losses or keras_trainer.overrides_compute_loss(model):
-                # Of the terms nothing is left but this: their slopes cancel exactly.
-                rest = total - tf.add_n(terms)
-        else:
-            terms = [keras_trainer.share_of_replica(t) for t in tasks(batch[1], y_pred)]
-            extra = keras_trainer.additional_losses(model)
-            rest = tf.add_n(extra) if extra else None
-            total = sum([*terms, *extra])
-        self.note(total)
-        rest = None if rest is None else self._scaled(rest)
-        return [self._scaled(term) for term in terms], rest, y_pred
+            losses.build(model, batch)
+        examples, counts = self._examples(batch)
+        with self._undone_unless(counts), losses.undivided():
+            y_pred = keras_trainer.forward(model, batch[0], training=True)
+            if tasks is None:
+                total, terms = losses.separate(model, batch, y_pred, training=True)
+                each = [Quotient(term.weighted, term.divisor) for term in terms]
+                self._check_alike(terms)
+                rest = losses.additional(model)
+                if losses.overrides_compute_loss(model):
+                    # Of the terms nothing is left but this: their slopes cancel exactly.
+                    rest = [total - tf.add_n([q.loss for q in each])]
+            else:
+                terms = []
+                each = [Quotient(loss, examples) for loss in tasks(batch[1], y_pred)]
+                rest = losses.additional(model)
+        shares, all_examples = self._shares([*each, Quotient(tf.zeros(()), examples)], examples)
+        values = [_part_of(q.loss, s) for q, (s, _) in zip(each, shares, strict=False)]
+        extra = [_part_of(loss, shares[-1][0]) for loss in rest]
+        logged = {t.place: _part_of(t.value, s) for t, (s, _) in zip(terms, shares, strict=False)}
+        whole = Quotient(sum([*values, *extra]), all_examples, logged)
+        forward = Forward(
+            [whole], [whole.loss], [shares[-1][0]], y_pred, examples, all_examples, counts
+        )
+        scaled_rest = self._scaled(tf.add_n(extra)) if extra else None
+        return [self._scaled(value) for value in values], scaled_rest, forward
+
+    def _check_alike(self, terms: Sequence[losses.Term]) -> None:
+        if self._apart and len({term.kind for term in terms}) > 1:
+            raise ValueError(
+                "`ProjectedConflicts` cannot be used with `micro_batches` or "
+                "`gradient_accumulation_steps` where the losses are not all divided by the "
+                "same number: one is masked, weighted or a sum, and another one is not. "
+                "Train on whole batches, or give `tasks` that are means over examples."
+            )
+
+    def _examples(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the number of examples, and where there may be none whether there are."""
+        examples = losses.batch_shape(batch[0])
+        known = isinstance(self.batch_size(batch), int)
+        return examples, None if known or not self._may_be_empty else examples > 0
+
+    @contextlib.contextmanager
+    def _undone_unless(self, counts: tf.Tensor | None) -> Iterator[None]:
+        """Undoes what the forward pass of no example makes of statistics."""
+        if counts is None:
+            yield
+            return
+        # Replicas draw their random numbers in step.
+        kept = [
+            v
+            for v in self._runtime.state.changed_by_forward()
+            if replicas.count() == 1 or not trainable.is_seed(v)
+        ]
+        rollback = Rollback(kept)
+        yield
+        rollback.restore_unless(counts)
+
+    def _quotients(self, batch: Batch, y_pred: Any, examples: tf.Tensor) -> list[Quotient]:
+        apart = self._apart or replicas.count() > 1
+        return losses.quotients(self._model, batch, y_pred, self._training, examples, apart)
+
+    def _shares(
+        self, quotients: Sequence[Quotient], examples: tf.Tensor
+    ) -> tuple[list[tuple[Any, Any]], tf.Tensor]:
+        """Returns what this replica's quotients count for.
+
+        Returns:
+            For each its share, `None` for all of it, and the divisor of all replicas;
+            and the number of examples of all replicas.
+        """
+        if replicas.count() == 1:
+            return [(None, q.divisor) for q in quotients], examples
+        local = tf.stack([examples, *(q.divisor for q in quotients if q.divisor is not None)])
+        total = replicas.sum_over(local)
+        share = tf.math.divide_no_nan(local, total)
+        place, found = 0, []
+        for quotient in quotients:
+            if quotient.divisor is None:
+                found.append((None, None))
+                continue
+            place += 1
+            found.append((share[place], total[place]))
+        return found, total[0]
 
     def state(self) -> Any:
-        return [(v, tf.identity(v.value)) for v in self._runtime.volatile_variables()]
+        return [(v, tf.identity(v.value)) for v in self._volatile()]
 
     def gradients_at(
         self,
@@ -77,7 +162,8 @@ class ModelObjective:
         values: list[Any] | None = None,
         state: Any = None,
         example: Any = None,
-    ) -> tuple[tf.Tensor, list[Any]]:
+        like: Forward | None = None,
+    ) -> tuple[tf.Tensor, list[list[Any]]]:
         variables = self.variables()
         points = [v.value for v in variables] if values is None else values
         # A bare variable is read without Keras, so it has to take the value itself.
@@ -94,9 +180,22 @@ class ModelObjective:
             begin = [(v, _for_example(v, value, example)) for v, value in state or ()]
             mapping = [*begin, *zip(variables, sources, strict=True)]
             mapping = [(v, value) for v, value in mapping if not isinstance(v, AdoptedVariable)]
-            with _TapeOf(sources) as tape, keras.StatelessScope(mapping, collect_losses=True):
-                loss = self._scaled(self._loss(batch)[0])
-            return loss, tape.gradient(loss, sources)
+            stateless = keras.StatelessScope(mapping, collect_losses=True)
+            with _TapeOf(sources, persistent=like is not None) as tape, stateless:
+                scaled = self._scaled_again(batch, like)
+            found = [tape.gradient(loss, sources) for loss in scaled]
+            return sum_of(scaled), found
+
+    def _scaled_again(self, batch: Batch, like: Forward | None) -> list[tf.Tensor]:
+        with losses.undivided():
+            y_pred = keras_trainer.forward(self._model, batch[0], self._training)
+            if like is None:
+                return [
+                    self._scaled(losses.compute(self._model, batch, y_pred, self._training))
+                ]
+            found = self._quotients(batch, y_pred, like.examples)
+        values = [_part_of(q.loss, s) for q, s in zip(found, like.shares, strict=True)]
+        return [self._scaled(v) for v in (values if self._apart else [sum_of(values)])]
 
     def steps(self) -> tf.Tensor:
         optimizer = self._model.optimizer
@@ -132,8 +231,9 @@ class ModelObjective:
     def batch_size(self, batch: Batch) -> Any:
         return keras_trainer.static_batch_size(batch[0])
 
-    def weight(self, batch: Batch, outputs: Any) -> tf.Tensor:
-        return keras_trainer.loss_weight(self._model, batch, outputs)
+    def part(self, batch: Batch, start: Any, stop: Any) -> Batch:
+        rows = lambda v: None if v is None else _rows(v, start, stop)  # noqa: E731
+        return keras.tree.map_structure(rows, batch)
 
     def masks(self, outputs: Any) -> list[Any]:
         return keras_trainer.masks_of(outputs)
@@ -141,23 +241,26 @@ class ModelObjective:
     def set_masks(self, outputs: Any, masks: list[Any]) -> None:
         keras_trainer.set_masks(outputs, masks)
 
-    def note(self, loss: Any) -> None:
-        self.noted = loss
-        note_loss(self._runtime, loss)
-
-    def note_parts(self, norms: tf.Tensor, weights: tf.Tensor) -> None:
-        note_parts(self._runtime, norms, weights)
-
-    def _loss(self, batch: Batch) -> tuple[tf.Tensor, Any]:
-        y_pred = keras_trainer.forward(self._model, batch[0], self._training)
-        return keras_trainer.compute_loss(self._model, batch, y_pred, self._training), y_pred
-
     def _scaled(self, loss: Any) -> Any:
         optimizer = self._model.optimizer
         return loss if optimizer is None else optimizer.scale_loss(loss)
 
     def _volatile(self) -> list[Any]:
-        return self._runtime.volatile_variables()
+        return self._runtime.state.changed_by_forward()
+
+
+def _part_of(value: tf.Tensor, share: Any) -> tf.Tensor:
+    # A replica without an example has a loss that is no number.
+    return value if share is None else tf.math.multiply_no_nan(value, tf.cast(share, value.dtype))
+
+
+def _rows(value: Any, start: Any, stop: Any) -> Any:
+    if not isinstance(value, tf.SparseTensor):
+        return value[start:stop]
+    shape = value.dense_shape
+    start, size = tf.cast(start, tf.int64), tf.cast(stop - start, tf.int64)
+    begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)
+    return tf.sparse.slice(value, begin, tf.concat([[size], shape[1:]], axis=0))
 
 
 class _TapeOf(tf.GradientTape):

@@ -51,25 +51,19 @@ class Recording:
         """Returns what of the records decides the traced graph."""
         return self._structure
 
-    def prepare(self, variables: Sequence[Any], steps_per_execution: int) -> bool:
-        """Makes the records that are asked for, in the strategy's scope.
-
-        Returns:
-            Whether any were made.
-        """
+    def prepare(self, variables: Sequence[Any], steps_per_execution: int) -> None:
+        """Makes the records that are asked for, in the strategy's scope."""
         requests = list(self._requests.values())
         if not requests:
             self.records = self._structure = None
-            return False
+            return
         request = reduce(RecordRequest.merged, requests)
         key = request, 2 * steps_per_execution, tuple(map(id, variables))
-        made = key not in self._kept
-        if made:
+        if key not in self._kept:
             if self.counter is None:
                 self.counter = make_counter(0)
             self._kept[key] = Records(request, variables, self.counter, key[1])
         self.records, self._structure = self._kept[key], key
-        return made
 
     def begin(self, num_updates: int) -> None:
         """Counts the steps that were made while nobody asked for records.

@@ -1,35 +1,51 @@
-"""What a model of ours keeps beside what Keras keeps: hooks, their state, the clock."""
+"""What a model of ours has besides what Keras gives it, and how its state is made."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation, GradientMethod, MicroBatches
-from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.recording import Recording
-from keras_tapefit.training.saved_state import SavedState
-from keras_tapefit.training.shared import SharedTraces, TracedFunction
-from keras_tapefit.update import optimizers, trainable
-from keras_tapefit.update.accumulation import Accumulation
-from keras_tapefit.update.compiled import update_compiled
-from keras_tapefit.update.rollback import Rollback
-from keras_tapefit.update.update import Outcome, may_reject, update
-from keras_tapefit.update.watch import Watch
+from keras_tapefit.training.state import State
+from keras_tapefit.update import loaded_optimizers, optimizers, trainable
+from keras_tapefit.update.update import may_reject
+from keras_tapefit.update.window import Window, change_steps, window_steps
+
+
+class TraceSource(Protocol):
+    """What may give a model the traces of another one; `keras_tapefit.tuning` has one."""
+
+    def function(
+        self, model: Any, kind: str, key: Any, make: Callable[[], Callable[[Any], Any]]
+    ) -> Callable[[Any], Any]:
+        """Returns a function of an iterator that runs one execution and returns its logs.
+
+        Asked when the model has no trace for `key` yet, with all of its state made.
+
+        Args:
+            model: the model.
+            kind: `"train"` or `"test"`.
+            key: what decides the trace: flags of what is trained, structure of hooks,
+                records and windows.
+            make: makes the model's own function.
+        """
 
 
 class Runtime:
     """The private side of one model.
 
     Args:
-        model: the model; it holds the runtime, not the other way round in time.
+        model: the model, which holds its runtime.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,84 +54,168 @@ class Runtime:
         self.backward: GradientMethod = Backpropagation()
         self.micro_batches = 1
         self.jit_compile: Any = "auto"
-        self.epoch = 0
         self.recording = Recording()
-        self.state = SavedState(self.hooks, self.recording, lambda: trainable.seeds(model))
-        self.scheduled: set[int] = set()
-        self._followed: set[Any] = set()
-        self.steps = 0
+        self.state = State(self)
+        self.trace_source: TraceSource | None = None
+        self.training_steps: Any = None
+        self.made_entries: Reports | None = None
         self.evaluating = False
-        self.window: Accumulation | None = None
-        self._window_of: Any = None
-        self.flushes: dict[Any, Any] = {}
-        self._reports: Reports | None = None
+        # Whether the data of this training may end before Keras expects it to.
+        self.may_run_out = False
+        self.clock: Any = None
+        # Variables to be frozen as soon as they are made, by path or place.
+        self.frozen_when_built: list[Any] = []
+        self._windows: dict[int, tuple[Any, Window]] = {}
+        self._window_steps: dict[int, int] = {}
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
-        self.shared: SharedTraces | None = None
+        self._functions: dict[Any, Callable[[], Any]] = {}
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that the model is compiled with, or `None`."""
+        return getattr(self.model, "optimizer", None)
 
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
         return trainable.trainable_candidates(self.model)
 
+    def optimizers(self) -> list[Any]:
+        """Returns the optimizers that the model holds as attributes, its own first."""
+        return [optimizer for _, optimizer in self._named_optimizers()]
+
+    def _named_optimizers(self) -> list[tuple[str, Any]]:
+        found = {}
+        for name, value in [("optimizer", self.optimizer), *sorted(vars(self.model).items())]:
+            if isinstance(value, keras.optimizers.Optimizer):
+                found.setdefault(id(value), (name, value))
+        return list(found.values())
+
+    @property
+    def divides_in_parts(self) -> bool:
+        """Whether a batch has parts, or is a part of a window."""
+        return self.micro_batches > 1 or self.has_window
+
     def gradient_method(self) -> GradientMethod:
         """Returns how the gradients of a batch are computed."""
         if self.micro_batches == 1:
             return self.backward
-        return MicroBatches(self.backward, self.micro_batches)
+        return MicroBatches(self.backward, self.micro_batches, self.hooks.uses_parts)
 
     def may_reject(self) -> bool:
         """Whether a step can be skipped as a whole."""
-        return may_reject(getattr(self.model, "optimizer", None), self.hooks)
+        return any(may_reject(optimizer, self.hooks) for optimizer in self.optimizers()) or (
+            self.hooks.may_skip_steps
+        )
 
-    def prepare(self, optimizer: Any = None) -> None:
-        """Makes the state of optimizer, hooks and logs, where it is not made yet.
+    def prepare(self) -> None:
+        """Makes the state of optimizer, windows, hooks, records and logs that is missing.
 
         Harmless to call often, in a trace too; where the model has no weights yet, it
         is called again once it has.
+
+        Raises:
+            RuntimeError: inside one of several replicas, where nothing can be made.
         """
-        if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
-            # Inside one replica variables cannot be made: they were made outside.
-            return
         variables = self.candidates()
         if not variables:
             return
-        own = optimizer is not None and optimizer is getattr(self.model, "optimizer", None)
-        with tf.init_scope(), self._strategy_scope():
-            if own:
-                self._make_window(optimizer, variables)
-            if self.hooks:
-                self.hooks.prepare(variables, self.unit, self._owner)
-                self.state.restore_pending()
-                self.make_reports()
-            if self.recording.prepare(variables, self.model.steps_per_execution):
-                self.state.restore_pending()
-        if own:
+        if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+            self._check_prepared()
+            return
+        optimizer = self.optimizer
+        if optimizer is not None:
             # Not lifted out of a trace: an optimizer may read the weights, which have
             # no values yet where that trace is what makes them.
-            with self._strategy_scope():
+            with self.scope():
                 optimizers.build(optimizer, variables)
+                loaded_optimizers.restore(optimizer)
+        with tf.init_scope(), self.scope():
+            self._make_windows()
+            if self.hooks:
+                self.hooks.prepare(variables, self.unit, self._owner)
+            if self.hooks or self.has_window:
+                self._make_entries()
+            if any(hook.uses_step_count for hook in self.hooks):
+                self._make_step_count()
+            self.recording.prepare(variables, self.model.steps_per_execution)
+            self.state.restore_pending()
+        self._freeze_what_was()
 
-    def _make_window(self, optimizer: Any, variables: list[Any]) -> None:
-        num_steps = optimizers.take_over_accumulation(optimizer)
-        if num_steps == 1:
-            self.window = None
-        elif self.window is None or self._window_of is not optimizer:
-            self.window = Accumulation(variables, num_steps)
-            self._window_of = optimizer
+    def _freeze_what_was(self) -> None:
+        frozen, self.frozen_when_built = self.frozen_when_built, []
+        variables = self.candidates()
+        chosen = [variables[i] for i in frozen if i < len(variables)]
+        if chosen:
+            trainable.set_trainable(self.model, chosen, False)
 
-    def window_of(self, optimizer: Any) -> Accumulation | None:
+    def _check_prepared(self) -> None:
+        unbuilt = [hook.name for hook in self.hooks if hook._built_for is None]
+        optimizer = self.optimizer
+        if unbuilt or (optimizer is not None and not optimizer.built):
+            raise RuntimeError(
+                "The state of the model's hooks and of its optimizer cannot be made inside "
+                "`strategy.run`. Call `model.make_train_function()` once before, inside "
+                "`with strategy.scope():`, with the model built."
+            )
+
+    def _make_windows(self) -> None:
+        for optimizer in self.optimizers():
+            if optimizer.built:
+                self._make_window(optimizer)
+
+    def _make_window(self, optimizer: Any) -> None:
+        steps = window_steps(optimizer)
+        known = self._windows.get(id(optimizer), (None, None))[1]
+        before = self._window_steps.setdefault(id(optimizer), steps)
+        if before != steps:
+            if known is not None and known.leftover_steps():
+                # It takes effect with the next window.
+                return
+            change_steps(optimizer, before, steps)
+            self._window_steps[id(optimizer)] = steps
+            known = None
+        if steps == 1:
+            self._windows.pop(id(optimizer), None)
+        elif known is None:
+            window = Window(optimizer, steps)
+            self._windows[id(optimizer)] = (optimizer, window)
+            window.make_room(self.state.pending_of(self._name_of(optimizer)))
+
+    def _name_of(self, optimizer: Any) -> str:
+        names = {id(value): name for name, value in self._named_optimizers()}
+        return f"window.{names.get(id(optimizer), optimizer.name)}"
+
+    def window_of(self, optimizer: Any) -> Window | None:
         """Returns the window in which an optimizer's gradients accumulate, if any."""
-        if optimizer is getattr(self.model, "optimizer", None):
-            self.prepare(optimizer)
-            return self.window
-        return None
+        if id(optimizer) not in self._windows and window_steps(optimizer) > 1:
+            with tf.init_scope(), self.scope():
+                self._make_window(optimizer)
+                self._make_entries()
+        return self._windows.get(id(optimizer), (None, None))[1]
 
-    def hook_variables(self) -> list[Any]:
-        """Returns the state of hooks that a rejected step must not change."""
-        lasting = {id(v) for hook in self.hooks for v in hook._lasting}
-        return [v for hook in self.hooks for v in hook.variables if id(v) not in lasting]
+    def named_windows(self) -> Iterator[tuple[str, Any, Window]]:
+        """Yields each window with a stable name and its optimizer."""
+        for optimizer, window in self._windows.values():
+            yield self._name_of(optimizer), optimizer, window
 
-    def _strategy_scope(self) -> Any:
+    @property
+    def has_window(self) -> bool:
+        """Whether the model's own optimizer accumulates."""
+        return id(self.optimizer) in self._windows
+
+    def open_windows(self) -> list[tuple[Any, Window]]:
+        """Returns the windows that have steps left over; waits for the device."""
+        return [pair for pair in self._windows.values() if pair[1].leftover_steps()]
+
+    def loaded_state(self) -> None:
+        """Has windows make room for what is being loaded."""
+        for name, _, window in self.named_windows():
+            window.make_room(self.state.pending_of(name))
+            window.loaded()
+
+    def scope(self) -> Any:
+        """Returns the scope of the model's strategy."""
         strategy = keras_trainer.strategy_of(self.model)
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
@@ -133,16 +233,64 @@ class Runtime:
         return self._owners.get(id(variable), id(variable))
 
     @property
-    def reports(self) -> Reports:
+    def entries(self) -> Reports:
         """The log entries of the epoch."""
-        return self.make_reports()
+        if self.made_entries is None:
+            with tf.init_scope(), self.scope():
+                self._make_entries()
+        assert self.made_entries is not None
+        return self.made_entries
 
-    def make_reports(self) -> Reports:
-        """Makes room for log entries, outside replicas, where there is none yet."""
-        if self._reports is None:
-            with tf.init_scope(), self._strategy_scope():
-                self._reports = Reports(128 + 4 * len(self.candidates()))
-        return self._reports
+    def _make_entries(self) -> None:
+        if self.made_entries is None:
+            self.made_entries = Reports(128 + 4 * len(self.candidates()))
+
+    def entry_names(self) -> list[str]:
+        """Returns the names of the log entries that the hooks report now."""
+        if self.made_entries is None:
+            return []
+        owners = [*self.hooks, self.model]
+        return self.made_entries.names([*owners, None] if self.may_reject() else owners)
+
+    def logged(self) -> dict[str, tf.Tensor]:
+        """Returns the log entries so far."""
+        names = self.entry_names()
+        return self.made_entries.results(names) if self.made_entries is not None else {}
+
+    def counted_steps(self) -> tuple[int, int]:
+        """Returns how many steps of this epoch counted, and how many were skipped."""
+        return (0, 0) if self.made_entries is None else self.made_entries.verdicts()
+
+    def _make_step_count(self) -> None:
+        if self.training_steps is None:
+            optimizer = self.optimizer
+            built = optimizer is not None and optimizer.built
+            start = int(optimizer.iterations.numpy()) if built else 0
+            self.training_steps = keras.Variable(
+                np.int64(start * (window_steps(optimizer) if built else 1)),
+                dtype="int64",
+                trainable=False,
+                autocast=False,
+                aggregation="none",
+                name="training_steps",
+            )
+
+    def count_step(self, accepted: tf.Tensor | None) -> None:
+        """Counts a step of training, for hooks that go by it; a rejected one never was."""
+        if self.training_steps is not None:
+            counted = 1 if accepted is None else tf.cast(accepted, tf.int64)
+            self.training_steps.assign(self.training_steps.value + counted)
+
+    def run_once(self, key: Any, fn: Callable[[], None]) -> None:
+        """Runs a function on all replicas, traced once for a key."""
+        strategy = self.model.distribute_strategy
+        if self.model.run_eagerly:
+            strategy.run(fn)
+            return
+        key = (key, self.hooks.structure(), self.recording.structure())
+        if key not in self._functions:
+            self._functions[key] = tf.function(lambda: strategy.run(fn), autograph=False)
+        self._functions[key]()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -152,89 +300,6 @@ class Runtime:
             yield
         finally:
             self.evaluating = before
-
-    def begin_training(self) -> None:
-        """Reads the step count once; from here on it is counted without the device."""
-        optimizer: Any = getattr(self.model, "optimizer", None)
-        built = optimizer is not None and optimizer.built
-        self.steps = int(optimizer.iterations.numpy()) if built else 0
-
-    def begin_epoch(self, epoch: int | None = None) -> None:
-        """Starts the log entries anew."""
-        if epoch is not None:
-            self.epoch = epoch
-        if self._reports is not None:
-            self._reports.reset()
-
-    def report_results(self) -> dict[str, tf.Tensor]:
-        """Returns the log entries so far."""
-        if self._reports is None:
-            return {}
-        return self._reports.results(self._reports.live)
-
-    def volatile_variables(self) -> list[Any]:
-        """Returns what a step may change beside the optimizer's update."""
-        trained = {id(v) for v in self.candidates()}
-        everything = [
-            *self.model.variables,
-            *self.model.metrics_variables,
-            *(v for metric in self.model.metrics for v in metric.variables),
-            *trainable.recurrent_states(self.model),
-        ]
-        if self.window is None:
-            # With a window the hooks run at its end, and are put back there.
-            everything += self.hook_variables()
-        found = {id(v): v for v in everything if id(v) not in trained}
-        return list(found.values())
-
-    def rollback(self) -> Rollback | None:
-        """Puts aside what a rejected step must not leave behind."""
-        return Rollback(self.volatile_variables()) if self.may_reject() else None
-
-    def update(
-        self,
-        gradients: Gradients,
-        optimizer: Any,
-        scaled: bool,
-        loss: Any = None,
-        parts: Any = None,
-        watch: Watch | None = None,
-    ) -> Outcome:
-        """Takes gradients to the weights, through the hooks."""
-        self.prepare(optimizer)
-        make = update_compiled if self.jit_compile == "update" else update
-        return make(gradients, optimizer, self.hooks, scaled, loss, parts, watch)
-
-    def follow_schedules(self) -> None:
-        """Freezes and unfreezes what hooks say for this epoch and step."""
-        if any(hook.uses_step_count for hook in self.hooks):
-            self.begin_training()
-        wanted: set[int] = set()
-        held: set[int] = set()
-        for hook in self.hooks:
-            if hook not in self._followed:
-                held.update(hook.held_positions())
-            wanted.update(hook.frozen_positions(self.epoch, self.steps))
-        self._followed = set(self.hooks)
-        if wanted == self.scheduled and not held:
-            return
-        self.scheduled |= held
-        candidates = self.candidates()
-        released = [candidates[i] for i in sorted(self.scheduled - wanted)]
-        frozen = [candidates[i] for i in sorted(wanted)]
-        self.scheduled = wanted
-        if released:
-            trainable.set_trainable(self.model, released, True)
-        if frozen:
-            trainable.set_trainable(self.model, frozen, False)
-
-    def forget_traces(self) -> None:
-        """Lets go of what was traced for variables that the model had before."""
-        self.flushes.clear()
-        self.model.predict_function = None
-        for function in (self.model.train_function, self.model.test_function):
-            if isinstance(function, TracedFunction):
-                function.forget()
 
     def check_hooks(self) -> None:
         """Lets hooks stop the training."""

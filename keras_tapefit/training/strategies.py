@@ -37,7 +37,6 @@ def check_scope(model: Any, with_model: bool = True) -> None:
     """
     strategy = model.distribute_strategy
     optimizer = getattr(model, "optimizer", None)
-    # The count of steps; under accumulation `iterations` is no variable.
     found = [("optimizer", leaf.variables[0]) for leaf in optimizers.leaves(optimizer)]
     if with_model:
         found = [*(("model", v) for v in model.variables), *found]

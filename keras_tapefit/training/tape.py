@@ -1,4 +1,4 @@
-"""The tape of a training step of one's own."""
+"""The tape of a custom training step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_tapefit.backward.base import Computed, Quotient
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.training import losses
 from keras_tapefit.training.runtime import Runtime
-from keras_tapefit.training.scope import StepScope, open_scope
-from keras_tapefit.update import loaded_optimizers, optimizers
+from keras_tapefit.training.step import CustomStep, open_step
+from keras_tapefit.update import loaded_optimizers, optimizers, replicas
 
 
 class StepTape(tf.GradientTape):
@@ -26,24 +28,35 @@ class StepTape(tf.GradientTape):
     def __init__(self, runtime: Runtime, persistent: bool = False) -> None:
         super().__init__(persistent=persistent)
         self._runtime = runtime
-        self._scope: StepScope | None = None
+        self._undivided = losses.undivided()
+        self._step: CustomStep | None = None
+        self._is_own = False
 
     def __enter__(self) -> StepTape:
-        # In a loop of one's own no step is open: it begins here.
-        self._scope = open_scope(self._runtime)
-        self._is_own = self._scope is None
-        if self._scope is None:
+        # In a loop of the user's own no step is open: it begins here.
+        self._step = open_step(self._runtime)
+        self._is_own = self._step is None
+        if self._step is None:
             if self._runtime.model.built:
-                self._runtime.prepare(getattr(self._runtime.model, "optimizer", None))
-            self._scope = StepScope(self._runtime)
-        self._scope.used_tape = True
+                self._runtime.prepare()
+            self._step = CustomStep(self._runtime)
+        self._step.used_tape = True
+        self._undivided.__enter__()
         super().__enter__()
         return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._undivided.__exit__(*exception)
 
     # As Keras does with its own step: what runs in it is no code for AutoGraph.
     @tf.autograph.experimental.do_not_convert
     def minimize(
-        self, loss: Any, variables: Sequence[Any] | None = None, optimizer: Any = None
+        self,
+        loss: Any,
+        variables: Sequence[Any] | None = None,
+        optimizer: Any = None,
+        weight: Any = None,
     ) -> None:
         """Makes one update: scale, backward pass, replicas, hooks, gate, optimizer.
 
@@ -51,21 +64,25 @@ class StepTape(tf.GradientTape):
 
         Args:
             loss: the loss, a scalar tensor computed inside the `with` block, not
-                multiplied by a loss scale.
+                multiplied by a loss scale. On several replicas that of this replica's
+                part of the batch, not divided by their number.
             variables: the variables to update; by default the model's trainable ones.
             optimizer: a Keras optimizer; by default the one the model is compiled with.
+            weight: what the loss was divided by, a number or a scalar tensor, such as
+                the number of tokens in the batch; `"sum"` where it was divided by
+                nothing. By default the number of examples: replicas and accumulated
+                steps then count by it.
 
         Raises:
             ValueError: when there is no optimizer or no variable.
         """
-        model = self._runtime.model
-        if optimizer is None:
-            optimizer = getattr(model, "optimizer", None)
+        model, step = self._runtime.model, self._step
+        optimizer = self._runtime.optimizer if optimizer is None else optimizer
         if optimizer is None:
             raise ValueError(
                 "`minimize` needs an optimizer. Compile the model with one, or pass `optimizer=`."
             )
-        if self._scope is None:
+        if step is None:
             raise ValueError(
                 "`minimize` needs a loss that was computed inside "
                 "`with model.gradient_tape() as tape:`."
@@ -76,22 +93,56 @@ class StepTape(tf.GradientTape):
             variables = [v for v in variables if getattr(v, "trainable", True)]
         if not variables:
             raise ValueError("`minimize` got no variables to update.")
+        loss = tf.convert_to_tensor(loss)
+        if loss.shape.rank != 0:
+            loss = tf.reduce_sum(loss)
         prepare_optimizer(self._runtime, optimizer, variables)
-        seed = optimizer.scale_loss(tf.ones_like(loss))
-        self._scope.loss = loss
-        gradients = self.gradient(loss, variables, output_gradients=seed)
-        pairs = zip(gradients, variables, strict=True)
-        self._scope.update(Gradients(pairs), optimizer, scaled=True)
+        divisor = _divisor(step.examples if weight is None else weight)
+        share, total = _share(divisor)
+        seed = optimizer.scale_loss(tf.ones_like(loss) * tf.cast(share, loss.dtype))
+        found = self.gradient(loss, variables, output_gradients=seed)
+        gradients = Gradients(zip(found, variables, strict=True))
+        if step.may_be_empty:
+            gradients = gradients.where(step.examples > 0)
+        share_of_loss = tf.math.multiply_no_nan(loss, tf.cast(share, loss.dtype))
+        examples = step.examples
+        all_examples = replicas.sum_over(examples)
+        quotient = Quotient(share_of_loss, total, gradients=gradients)
+        step.loss = loss
+        step.update(Computed([quotient], None, examples, all_examples), optimizer)
         if self._is_own:
-            self._scope.finish(None)
+            step.close(None)
+
+
+def _divisor(weight: Any) -> tf.Tensor | None:
+    if isinstance(weight, str):
+        if weight != "sum":
+            raise ValueError(f"`weight` must be a number or 'sum'. Received: weight={weight!r}.")
+        return None
+    weight = tf.cast(tf.convert_to_tensor(weight), tf.float32)
+    if weight.shape.rank != 0:
+        raise ValueError(
+            "`weight` must be one number, what the loss was divided by. "
+            f"Received: weight of shape {tuple(weight.shape)}."
+        )
+    return weight
+
+
+def _share(divisor: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Returns what this replica's loss counts for, and the divisor of all replicas."""
+    if divisor is None or replicas.count() == 1:
+        return tf.constant(1.0), divisor
+    total = replicas.sum_over(divisor)
+    return tf.math.divide_no_nan(divisor, total), total
 
 
 def prepare_optimizer(runtime: Runtime, optimizer: Any, variables: Sequence[Any]) -> None:
     """Builds an optimizer: the model's own for all it may ever update."""
-    if optimizer is getattr(runtime.model, "optimizer", None):
+    if optimizer is runtime.optimizer:
         candidates = runtime.candidates()
         known = {id(v) for v in candidates}
         variables = candidates + [v for v in variables if id(v) not in known]
     if not optimizer.built:
         optimizers.build(optimizer, variables)
         loaded_optimizers.restore(optimizer)
+    runtime.prepare()

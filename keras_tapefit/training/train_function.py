@@ -1,206 +1,197 @@
-"""The function that `fit` calls for each execution: one trace for each set of weights."""
+"""The functions that `fit` and `evaluate` call: one trace for each set of weights."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.hooks import order_findings
 from keras_tapefit.training import building, custom_steps, strategies
+from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.runtime import Runtime
-from keras_tapefit.training.scope import StepScope, step_scope
-from keras_tapefit.training.shared import StaleTrace, TracedFunction, check_user, place
 from keras_tapefit.update import optimizers
+from keras_tapefit.update.order import order_findings
 from keras_tapefit.update.trainable import Flags
 
+# Of one function: going back to one that was there before costs nothing, and a model that
+# gets a new hook for each `fit` does not keep them all.
+_MAX_TRACES = 16
 
-class TrainFunction(TracedFunction):
-    """Calls the traced step that fits the model as it is now.
 
-    The `trainable` flags and the hooks decide which. Each combination is traced once
-    and kept, so going back to one that was there before costs nothing.
+class TracedFunction:
+    """Base class of what calls the trace that fits the model as it is now.
 
     Args:
         model: the model.
         runtime: its private side.
-        own_step: whether its `train_step` is a user's own.
     """
 
-    def __init__(self, model: Any, runtime: Runtime, own_step: bool = False) -> None:
+    kind: str
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
         self._model = model
-        self._own_step = own_step
         self._runtime = runtime
-        self._traces: dict[Any, tuple[Callable[[Any], Any], list[str]]] = {}
+        self._traces: OrderedDict[Any, Callable[[Any], Any]] = OrderedDict()
         self._flags: Flags | None = None
-        self._current: Any = None
-        self._told: set[str] = set()
-        self._prepared: Any = None
 
     def refresh(self) -> None:
         """Looks up the model's layers again, for the case that some were added."""
         self._flags = None
 
+    def _flags_now(self) -> tuple[bool, ...]:
+        if self._flags is None:
+            self._flags = Flags(self._model)
+        return self._flags.read()
+
+    def _function(self, key: Any) -> Callable[[Any], Any]:
+        if key not in self._traces:
+            source = self._runtime.trace_source
+            made = (
+                self._make()
+                if source is None
+                else source.function(self._model, self.kind, key, self._make)
+            )
+            self._traces[key] = made
+            if len(self._traces) > _MAX_TRACES:
+                self._traces.popitem(last=False)
+        self._traces.move_to_end(key)
+        return self._traces[key]
+
+    def _make(self) -> Callable[[Any], Any]:
+        return strategies.make_function(self._model, self._step)
+
+    def _step(self, data: Any) -> Any:
+        raise NotImplementedError
+
+
+class TrainFunction(TracedFunction):
+    """Calls the traced step that fits the model as it is now.
+
+    The `trainable` flags, the hooks, the records and the windows decide which.
+
+    Args:
+        model: the model.
+        runtime: its private side.
+        clock: knows the epoch.
+        is_custom: whether its `train_step` is a user's own.
+    """
+
+    kind = "train"
+
+    def __init__(self, model: Any, runtime: Runtime, clock: Clock, is_custom: bool) -> None:
+        super().__init__(model, runtime)
+        self._clock = clock
+        self._is_custom = is_custom
+        self._current: Any = None
+        self._said: set[str] = set()
+        self._prepared: Any = None
+        # Whether data may end before Keras expects it to.
+        self.may_run_out = True
+
     def __call__(self, iterator: Any) -> Any:
         runtime = self._runtime
+        if self.may_run_out:
+            # A step without a batch would count as one all the same.
+            iterator = _fetched(iterator, self._model.steps_per_execution)
         self._prepare()
-        runtime.follow_schedules()
+        self._clock.follow()
         key = self._key()
         if key != self._current:
-            self._keep_averages()
+            self._begin(key)
         with self._listening():
-            logs, names = self._call(key, iterator)
-        runtime.steps += self._model.steps_per_execution
-        if runtime.hooks or names:
-            runtime.reports.live = names
-            runtime.check_hooks()
+            logs = self._function(key)(iterator)
+        runtime.check_hooks()
         self._settle(key)
         return logs
 
-    def _call(self, key: Any, iterator: Any) -> tuple[Any, list[str]]:
-        """Returns the logs of an execution, and the names of the reports in them."""
-        traces, where = place(
-            self._runtime.shared, self._model, "train", key, iterator, self._traces
-        )
-        if where not in traces:
-            new_names: list[str] = []
-            self._warn_of_order()
-            is_shared = traces is not self._traces
-            traces[where] = (self._make(new_names, is_shared), new_names)
-        function, names = traces[where]
-        try:
-            return function(iterator), names
-        except StaleTrace:
-            del traces[where]
-            return self._call(key, iterator)
-
-    def forget(self) -> None:
-        """Lets go of all traces of the model's own."""
-        self._traces.clear()
-        self._current = None
+    def _step(self, data: Any) -> Any:
+        if self._is_custom:
+            return custom_steps.run(self._runtime, self._model.train_step, data)
+        return self._model.train_step(data)
 
     def _prepare(self) -> None:
         """Makes the state that is missing; looks at the layers only where they may be new."""
         if not self._model.built:
             return
-        optimizer = self._model.optimizer
-        built = optimizer is None or optimizer.built
-        found = (id(optimizer), built, self._runtime.hooks.structure())
+        runtime, optimizer = self._runtime, self._model.optimizer
+        steps = [leaf.gradient_accumulation_steps for leaf in optimizers.leaves(optimizer)]
+        found = (id(optimizer), runtime.hooks.structure(), steps, runtime.has_window)
         if self._flags is None or found != self._prepared:
-            self._runtime.prepare(optimizer)
-            built = optimizer is None or optimizer.built
-            self._prepared = (found[0], built, found[2])
+            runtime.prepare()
+            self._prepared = (*found[:3], runtime.has_window)
 
     def _listening(self) -> Any:
-        if not self._own_step:
+        if not self._is_custom:
             return contextlib.nullcontext()
-        if self._runtime.candidates():
-            # Made before replicas run, which cannot make it.
-            self._runtime.make_reports()
         return custom_steps.listening(self._runtime)
 
-    def _warn_of_order(self) -> None:
-        runtime = self._runtime
-        leaves = list(optimizers.leaves(self._model.optimizer))
-        for finding in order_findings(list(runtime.hooks), leaves, runtime.backward):
-            if finding not in self._told:
-                self._told.add(finding)
-                warnings.warn(finding, stacklevel=2)
-
     def _key(self) -> Any:
-        if self._flags is None:
-            self._flags = Flags(self._model)
-        structure: Any = self._runtime.hooks.structure()
-        records = self._runtime.recording.structure()
-        return self._flags.read(), structure if records is None else (structure, records)
+        runtime = self._runtime
+        windows = tuple(window.structure() for _, _, window in runtime.named_windows())
+        structure = (runtime.hooks.structure(), runtime.recording.structure(), windows)
+        return self._flags_now(), structure
+
+    def _begin(self, key: Any) -> None:
+        runtime, optimizer = self._runtime, self._model.optimizer
+        if optimizer is not None and optimizer.built:
+            optimizers.average_only(optimizer, self._model.trainable_variables)
+        if key in self._traces:
+            return
+        leaves = list(optimizers.leaves(optimizer))
+        for finding in order_findings(list(runtime.hooks), leaves, runtime.backward):
+            if finding not in self._said:
+                self._said.add(finding)
+                warnings.warn(finding, stacklevel=3)
+        if runtime.made_entries is not None:
+            kept = [hook for _, structure in self._traces for hook, _ in structure[0]]
+            runtime.made_entries.keep([*kept, *runtime.hooks, self._model, None])
 
     def _settle(self, key: Any) -> None:
         """Remembers a trace under the flags of a model that its first call completed."""
-        if key != self._current:
-            self._flags = None
-            if not self._model.built and building.parts_are_built(self._model):
-                self._model.built = True
-            settled = self._key()
-            if key in self._traces:
-                self._traces.setdefault(settled, self._traces[key])
-            self._current = settled
-
-    def _keep_averages(self) -> None:
-        optimizer = self._model.optimizer
-        if optimizer is not None and optimizer.built:
-            optimizers.average_only(optimizer, self._model.trainable_variables)
-
-    def _make(self, names: list[str], is_shared: bool = False) -> Callable[[Any], Any]:
-        def step(data: Any) -> Any:
-            check_user(self._runtime.shared, self._model, is_shared)
-            with step_scope(self._runtime) as scope:
-                if self._own_step:
-                    scope.weight = tf.cast(custom_steps.batch_size(data), tf.float32)
-                logs = self._model.train_step(data)
-                logs = scope.finish(custom_steps.complete_logs(scope, logs, data))
-            names[:] = scope.all_report_names()
-            _warn_if_passed_over(self._runtime, scope)
-            custom_steps.warn_of_scale(scope)
-            custom_steps.check_accumulation(scope)
-            if not isinstance(logs, dict) or not names:
-                return logs
-            return {**logs, **self._runtime.reports.results(names)}
-
-        return strategies.make_function(self._model, step)
+        if key == self._current:
+            return
+        self._flags = None
+        if not self._model.built and building.parts_are_built(self._model):
+            self._model.built = True
+        settled = self._key()
+        if settled[0] != key[0] and settled[1] == key[1] and key in self._traces:
+            self._traces.setdefault(settled, self._traces[key])
+        self._current = settled
 
 
 class TestFunction(TracedFunction):
     """Calls the traced step that evaluates the model as it is now.
 
-    For models that share traces, and hooks that look at the gradients of validation.
-
-    Args:
-        model: the model.
-        runtime: its private side.
+    What is trained changes an evaluation too: layers and regularizers look at it.
     """
 
-    def __init__(self, model: Any, runtime: Runtime) -> None:
-        self._model = model
-        self._runtime = runtime
-        self._traces: dict[Any, Any] = {}
+    kind = "test"
 
     def __call__(self, iterator: Any) -> Any:
         if self._model.built:
-            self._runtime.prepare(self._model.optimizer)
-        # What is trained changes an evaluation too: layers may look at `trainable`.
-        key = (Flags(self._model).read(), self._runtime.hooks.structure())
-        shared = self._runtime.shared
-        traces, where = place(shared, self._model, "test", key, iterator, self._traces)
-        if where not in traces:
-            traces[where] = (self._make(traces is not self._traces), [])
-        try:
-            return traces[where][0](iterator)
-        except StaleTrace:
-            del traces[where]
-            return self(iterator)
+            self._runtime.prepare()
+        return self._function((self._flags_now(), self._runtime.hooks.structure()))(iterator)
 
-    def forget(self) -> None:
-        """Lets go of all traces of the model's own."""
-        self._traces.clear()
-
-    def _make(self, is_shared: bool) -> Callable[[Any], Any]:
-        def step(data: Any) -> Any:
-            check_user(self._runtime.shared, self._model, is_shared)
-            return self._model.test_step(data)
-
-        return strategies.make_function(self._model, step)
+    def _step(self, data: Any) -> Any:
+        return self._model.test_step(data)
 
 
-def _warn_if_passed_over(runtime: Runtime, scope: StepScope) -> None:
-    if runtime.hooks and not scope.updated:
-        names = ", ".join(repr(hook.name) for hook in runtime.hooks)
-        warnings.warn(
-            f"The `train_step` of {type(runtime.model).__name__} updates weights without "
-            f"the gradient hooks {names}: they do nothing. Compute the loss inside "
-            "`with self.gradient_tape() as tape:` and call `tape.minimize(loss)`, or "
-            "pass the gradients to `self.apply_gradients(...)`.",
-            stacklevel=2,
-        )
+def _fetched(iterator: Any, num_batches: int) -> Iterator[Any]:
+    """Returns the batches of one execution.
+
+    Raises:
+        StopIteration: when none are left.
+    """
+    source = iter(iterator)
+    try:
+        batches = list(itertools.islice(source, num_batches))
+    except tf.errors.OutOfRangeError:
+        batches = []
+    if not batches:
+        raise StopIteration
+    return iter(batches)

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tapefit.backward.base import check_backward
+from keras_tapefit.backward.base import Computed, Quotient, check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_hooks
@@ -19,15 +19,16 @@ from keras_tapefit.training import (
     building,
     compile_arguments,
     keras_trainer,
+    losses,
     strategies,
     validation,
 )
+from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.objective import ModelObjective
 from keras_tapefit.training.runtime import Runtime, runtime_of
-from keras_tapefit.training.scope import StepScope, open_scope
+from keras_tapefit.training.step import CustomStep, Step, close_windows, open_step
 from keras_tapefit.training.tape import StepTape, prepare_optimizer
 from keras_tapefit.training.train_function import TestFunction, TrainFunction
-from keras_tapefit.training.window import flush_window
 from keras_tapefit.update import optimizers, replicas, trainable
 from keras_tapefit.update.rollback import Rollback
 
@@ -46,18 +47,21 @@ class TapeTrainer:
         """
         batch = x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         runtime = runtime_of(self)
-        # Forward pass and loss under the tape, backward pass over the variables being
-        # trained now.
-        objective = ModelObjective(self)
-        gradients, y_pred = runtime.gradient_method().compute(objective, batch)
-        keras_trainer.track_loss(self, objective.noted, x)
-        weigh = functools.partial(objective.weight, batch, y_pred)
-        # Replicas summed, loss scale removed; hooks; gate; optimizer.
-        if len(gradients):
-            _update(runtime, gradients, self.optimizer, scaled=True, weigh=weigh)
+        step = open_step(runtime) or Step(runtime)
+        # A `tf.GradientTape` around forward pass and loss, the backward pass over the
+        # variables being trained now; `backward` and `micro_batches` say how.
+        objective = ModelObjective(runtime, apart=runtime.divides_in_parts)
+        computed = runtime.gradient_method().compute(objective, batch)
+        keras_trainer.track_loss(self, computed.loss, computed.examples, computed.all_examples)
+        losses.track_terms(self, computed.terms, computed.outputs, objective.num_replicas())
+        # Replicas summed, loss scale removed; hooks; gate; optimizer; record.
+        if self.trainable_variables:
+            step.update(computed, self.optimizer)
         else:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            _warn_of_nothing_to_train(self)
+        logs = self.compute_metrics(x, y, computed.outputs, sample_weight=sample_weight)
+        # A rejected step is undone; log entries are added.
+        return step.close_built_in(logs)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates the model on a batch.
@@ -69,11 +73,15 @@ class TapeTrainer:
             The logs: a dictionary of metric names and their values so far.
         """
         batch = x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = keras_trainer.forward(self, x, training=False)
-        loss = keras_trainer.compute_loss(self, batch, y_pred, training=False)
-        keras_trainer.track_loss(self, loss, x)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        return {**logs, **validation.watch(runtime_of(self), batch, y_pred)}
+        runtime = runtime_of(self)
+        objective = ModelObjective(runtime, training=False)
+        forward = objective.forward(batch)
+        keras_trainer.track_loss(self, forward.loss, forward.examples, forward.all_examples)
+        losses.track_terms(
+            self, forward.quotients[0].terms, forward.outputs, objective.num_replicas()
+        )
+        logs = self.compute_metrics(x, y, forward.outputs, sample_weight=sample_weight)
+        return {**logs, **validation.watch(runtime, objective, batch, forward)}
 
     def compile(
         self,
@@ -141,12 +149,11 @@ class TapeTrainer:
         if building.is_assembly(self):
             # Keras saves and loads nothing that is not built.
             self.built = True
-            runtime.prepare(self.optimizer)
+            runtime.prepare()
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns what `compile` was called with, the hooks as they are now."""
-        with optimizers.accumulation_shown(getattr(self, "optimizer", None)):
-            config = super().get_compile_config()
+        config = super().get_compile_config()
         if not config:
             return config
         return {**config, **compile_arguments.serialize(runtime_of(self))}
@@ -157,63 +164,69 @@ class TapeTrainer:
             # Keras's own rule, and its own warning.
             super().compile_from_config(config)
             return
+        config = dict(config)
+        frozen = config.pop("frozen", [])
         self.compile(**keras.saving.deserialize_keras_object(config))
-        ready = self.built or building.parts_are_built(self)
-        if getattr(self, "optimizer", None) is not None and ready:
-            runtime_of(self).prepare(self.optimizer)
+        runtime = runtime_of(self)
+        runtime.frozen_when_built = frozen
+        if self.optimizer is not None and (self.built or building.parts_are_built(self)):
+            runtime.prepare()
 
     def make_train_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `fit` calls; see `keras.Model.make_train_function`."""
+        runtime = runtime_of(self)
         if self.train_function is None or force:
-            self.train_function = TrainFunction(self, runtime_of(self), _has_own_step(self))
-        elif isinstance(self.train_function, TrainFunction):
+            clock = runtime.clock = Clock(runtime)
+            self.train_function = TrainFunction(self, runtime, clock, _has_custom_step(self))
+        if isinstance(self.train_function, TrainFunction):
             self.train_function.refresh()
+            self.train_function.may_run_out = runtime.may_run_out
         if self.built:
-            runtime_of(self).prepare(self.optimizer)
-            shared = runtime_of(self).shared
-            if shared is not None and getattr(self.optimizer, "built", False):
-                shared.settle(self)
+            runtime.prepare()
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `evaluate` calls; as `keras.Model` does."""
-        runtime = runtime_of(self)
-        kept = None if force else self.test_function
-        if runtime.hooks.watches_validation or runtime.shared is not None:
-            if not isinstance(kept, TestFunction):
-                self.test_function: Any = TestFunction(self, runtime)
-        elif not strategies.needs_own_function(self):
-            return super().make_test_function(force=force)
-        elif kept is None:
-            self.test_function = strategies.make_function(self, self.test_step)
+        if force or not isinstance(self.test_function, TestFunction):
+            self.test_function: Any = TestFunction(self, runtime_of(self))
+        self.test_function.refresh()
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        shares = runtime_of(self).shared is not None and not _has_own_step(self)
-        if shares and iterator is not None:
-            # Before the first trace, which may be another model's.
-            keras_trainer.build_from_spec(self, iterator)
+        runtime = runtime_of(self)
+        if iterator is not None and not runtime.evaluating:
+            runtime.may_run_out = keras_trainer.may_run_out(iterator)
         if iterator is None or not strategies.needs_own_build(self):
+            if not keras_trainer.is_built(self):
+                keras_trainer.build_from_spec(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
-            return
-        # Before the optimizer is built, which else makes accumulators of its own.
-        optimizers.take_over_accumulation(self.optimizer)
-        keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
+        else:
+            keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
+        if self.built:
+            building.complete(self)
+            runtime.prepare()
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_of(self)
         strategies.check_scope(self)
-        runtime_of(self).recording.end()
-        bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
-        bound.arguments["callbacks"] = _with_clock(
-            bound.arguments.get("callbacks"), runtime_of(self)
-        )
-        return super().fit(*bound.args[1:], **bound.kwargs)
+        runtime.recording.end()
+        self.make_train_function()
+        # The next class in line, which need not be Keras's own, may take other arguments.
+        fit = super().fit
+        bound = inspect.signature(fit).bind_partial(*args, **kwargs)
+        rest = bound.arguments
+        if "callbacks" not in bound.signature.parameters:
+            rest = bound.arguments.setdefault("kwargs", {})
+        rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
+        return fit(*bound.args, **bound.kwargs)
 
     def reset_metrics(self) -> None:
         """Resets the state of all metrics, and of what hooks report."""
         super().reset_metrics()
-        runtime_of(self).begin_epoch()
+        entries = runtime_of(self).made_entries
+        if entries is not None:
+            entries.reset()
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,14 +235,18 @@ class TapeTrainer:
 
     def _get_metrics_result_or_logs(self, logs: Any) -> Any:
         # Called at the end of an epoch's steps, before validation and callbacks.
-        flush_window(runtime_of(self))
+        runtime = runtime_of(self)
+        if not runtime.evaluating:
+            close_windows(runtime)
         # Keras reads the epoch's metrics where the step's logs have their names only.
-        reported = runtime_of(self).report_results()
-        if not isinstance(logs, dict) or runtime_of(self).evaluating:
+        names = runtime.entry_names()
+        if not isinstance(logs, dict) or not names:
             return super()._get_metrics_result_or_logs(logs)
-        own = {name: value for name, value in logs.items() if name not in reported}
+        own = {name: value for name, value in logs.items() if name not in names}
         results = super()._get_metrics_result_or_logs(own)
-        return {**results, **reported} if reported else results
+        if runtime.evaluating:
+            return {**results, **{n: v for n, v in runtime.logged().items() if n in logs}}
+        return {**_of_counted_steps(results, runtime), **runtime.logged()}
 
     @property
     def gradient_hooks(self) -> HookList:
@@ -322,17 +339,22 @@ class TapeTrainer:
         """
         keras_trainer.check_compiled(self, "compute_gradients")
         runtime = runtime_of(self)
-        batch = keras.tree.map_structure(
-            lambda v: v if v is None else tf.convert_to_tensor(v), (x, y, sample_weight)
-        )
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise ValueError(
+                "`compute_gradients` computes on one replica. Call it outside of "
+                "`with strategy.scope():`, or inside `strategy.run`."
+            )
+        batch = keras.tree.map_structure(keras_trainer.as_tensor, (x, y, sample_weight))
         if not self.built:
-            keras_trainer.forward(self, batch[0], training=False)
-        rollback = Rollback(runtime.volatile_variables())
-        gradients, _ = runtime.backward.compute(ModelObjective(self), batch)
+            keras_trainer.build(self, batch)
+        runtime.prepare()
+        rollback = Rollback(runtime.state.undone_variables())
+        objective = ModelObjective(runtime, apart=runtime.micro_batches > 1)
+        gradients = runtime.gradient_method().compute(objective, batch).gradients
         rollback.restore_unless(tf.constant(False))
         scale = optimizers.loss_scale(self.optimizer)
         if scale is not None:
-            gradients = gradients.scale(1.0 / scale)
+            gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
         return gradients.with_unique_rows()
 
     @tf.autograph.experimental.do_not_convert
@@ -358,7 +380,14 @@ class TapeTrainer:
             gradients = Gradients(gradients)
         runtime = runtime_of(self)
         prepare_optimizer(runtime, self.optimizer, gradients.variables)
-        _update(runtime, gradients, self.optimizer, scaled=False)
+        opened = open_step(runtime)
+        step = opened or CustomStep(runtime)
+        one = tf.constant(1.0) if opened is None else opened.examples
+        quotient = Quotient(None, replicas.sum_over(one), gradients=gradients)
+        computed = Computed([quotient], None, one, replicas.sum_over(one))
+        step.update(computed, self.optimizer, scaled=False)
+        if opened is None:
+            step.close(None)
 
     def freeze(self, targets: Targets) -> None:
         """Stops training variables, from the next step on; no recompile.
@@ -400,40 +429,30 @@ class TapeTrainer:
         _set_trainable(self, targets, True)
 
 
-def _has_own_step(model: Any) -> bool:
+def _has_custom_step(model: Any) -> bool:
     return getattr(model.train_step, "__func__", None) is not TapeTrainer.train_step
 
 
-def _update(
-    runtime: Runtime,
-    gradients: Gradients,
-    optimizer: Any,
-    scaled: bool,
-    weigh: Callable[[], Any] | None = None,
-) -> None:
-    opened = open_scope(runtime)
-    scope = opened or StepScope(runtime)
-    if weigh is not None:
-        scope.weighs_replicas = _weighs_replicas(runtime)
-        window = runtime.window_of(optimizer)
-        if window is not None or runtime.hooks.uses_parts or scope.weighs_replicas:
-            scope.weight = weigh()
-    scope.update(gradients, optimizer, scaled)
-    if opened is None:
-        scope.finish(None)
+def _warn_of_nothing_to_train(model: Any) -> None:
+    if runtime_of(model).candidates():
+        text = "All of the model's weights are frozen, so nothing is trained."
+    else:
+        text = "The model does not have any trainable weights."
+    warnings.warn(text, stacklevel=3)
 
 
-def _weighs_replicas(runtime: Runtime) -> bool:
-    """Whether replicas with unequal parts of a batch have to count by their size.
-
-    Keras averages them alike, so that its last batch of an epoch is another one than on
-    one device.
-    """
-    return (
-        replicas.count() > 1
-        and runtime.backward.takes_parts
-        and keras_trainer.averages_examples(runtime.model)
-    )
+def _of_counted_steps(results: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+    """Returns the epoch's logs: NaN where every step was skipped, of which there is no mean."""
+    counted, skipped = runtime.counted_steps()
+    if not skipped:
+        return results
+    if counted == 0 or skipped > counted:
+        warnings.warn(
+            f"{skipped} of {skipped + counted} steps of this epoch were skipped: their "
+            "gradients were not finite, or a gate rejected them.",
+            stacklevel=4,
+        )
+    return dict.fromkeys(results, float("nan")) if counted == 0 else results
 
 
 def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
@@ -448,22 +467,7 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
     trainable.set_trainable(model, chosen, value)
 
 
-class _Clock(keras.callbacks.Callback):
-    """Tells the hooks which epoch it is."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__()
-        self._runtime = runtime
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._runtime.begin_training()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._runtime.begin_epoch(epoch)
-
-
-def _with_clock(callbacks: Any, runtime: Runtime) -> Any:
-    clock = _Clock(runtime)
+def _with_clock(callbacks: Any, clock: Clock) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.append(clock)
         return callbacks

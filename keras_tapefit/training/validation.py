@@ -6,22 +6,24 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.backward.base import Batch
+from keras_tapefit.backward.base import Batch, Forward
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.step import Step
-from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.objective import ModelObjective
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers, replicas
 
 
-def watch(runtime: Runtime, batch: Batch, y_pred: Any) -> dict[str, tf.Tensor]:
+def watch(
+    runtime: Runtime, objective: ModelObjective, batch: Batch, forward: Forward
+) -> dict[str, tf.Tensor]:
     """Shows the gradients of a batch to the hooks that ask for them.
 
     Args:
         runtime: the private side of the model.
+        objective: the loss of the model.
         batch: of `evaluate`.
-        y_pred: what the model made of it.
+        forward: its forward pass.
 
     Returns:
         What the hooks report, means over the batches so far; without such hooks nothing,
@@ -31,15 +33,15 @@ def watch(runtime: Runtime, batch: Batch, y_pred: Any) -> dict[str, tf.Tensor]:
     variables = model.trainable_variables
     if not runtime.hooks.watches_validation or not variables:
         return {}
-    objective = ModelObjective(model, training=False)
-    _, found = objective.gradients_at(batch)
+    _, [found] = objective.gradients_at(batch, like=forward)
     gradients = Gradients(zip(found, variables, strict=True))
-    if replicas.count() > 1 and keras_trainer.averages_examples(model):
-        gradients = gradients.scale(replicas.relative_share(objective.weight(batch, y_pred)))
+    if forward.counts is not None:
+        gradients = gradients.where(forward.counts)
     gradients = replicas.all_reduce(gradients).with_unique_rows()
     scale = optimizers.loss_scale(model.optimizer)
     if scale is not None:
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
     step = Step(index=objective.steps())
     runtime.hooks.validate(gradients, step)
-    return runtime.reports.results(runtime.reports.add(step.reports, None))
+    runtime.entries.add(step.reports, None)
+    return runtime.entries.results([report.name for report in step.reports])

@@ -20,7 +20,7 @@ def update_compiled(
     hooks: HookList,
     scaled: bool,
     loss: Any = None,
-    parts: Any = None,
+    norms: Any = None,
     watch: Watch | None = None,
 ) -> Outcome:
     """Does what `update` does, compiled by XLA.
@@ -30,29 +30,30 @@ def update_compiled(
     it is `update`.
 
     Args:
-        gradients, optimizer, hooks, scaled, loss, parts, watch: see `update`.
+        gradients, optimizer, hooks, scaled, loss, norms, watch: see `update`.
     """
     if tf.executing_eagerly() or tf.distribute.has_strategy():
-        return update(gradients, optimizer, hooks, scaled, loss, parts, watch)
+        return update(gradients, optimizer, hooks, scaled, loss, norms, watch)
     variables = gradients.variables
     present = [i for i, gradient in enumerate(gradients.values()) if gradient is not None]
     made: list[Outcome] = []
 
-    def body(values: Any, loss: Any, parts: Any) -> Any:
+    def body(values: Any, loss: Any, norms: Any) -> Any:
         padded: list[Any] = [None] * len(variables)
         for position, value in zip(present, values, strict=True):
             padded[position] = value
         pairs = zip(padded, variables, strict=True)
         with in_xla():
-            outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, parts, watch)
+            outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, norms, watch)
         made.append(outcome)
-        return outcome.accepted, [report.value for report in outcome.reports], outcome.seen
+        reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.reports]
+        return outcome.accepted, reported, outcome.seen
 
     compiled = tf.function(body, jit_compile=True, autograph=False)
-    accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, parts)
+    accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, norms)
     # Its tensors belong to the program; what comes out of it takes their place.
     reports = [
-        Report(report.hook, report.name, value, report.reduction)
-        for report, value in zip(made[-1].reports, values, strict=True)
+        Report(report.hook, report.name, value, report.reduction, weight)
+        for report, (value, weight) in zip(made[-1].reports, values, strict=True)
     ]
     return Outcome(accepted, reports, seen)

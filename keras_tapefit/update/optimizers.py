@@ -97,46 +97,6 @@ def has_loss_scale(optimizer: Any) -> bool:
     return is_dynamic(optimizer) or getattr(optimizer, "loss_scale_factor", None) is not None
 
 
-def take_over_accumulation(optimizer: Any) -> int:
-    """Takes `gradient_accumulation_steps` from an optimizer, and returns the number.
-
-    From then on the optimizer makes an update whenever it is called, so its
-    `iterations`, schedules and averages count updates. To be called before it is built.
-
-    Returns:
-        The number of steps an update is made of; 1: every step updates.
-
-    Raises:
-        ValueError: when the optimizers inside a `MultiOptimizer` differ in it.
-    """
-    found = set()
-    for leaf in leaves(optimizer):
-        if leaf.gradient_accumulation_steps:
-            leaf.__dict__["_tapefit_accumulation"] = leaf.gradient_accumulation_steps
-        found.add(leaf.__dict__.get("_tapefit_accumulation", 1))
-    if len(found) > 1:
-        raise ValueError(
-            "All optimizers of a MultiOptimizer must have the same "
-            f"`gradient_accumulation_steps`. Received: {sorted(found)}."
-        )
-    for leaf in leaves(optimizer):
-        leaf.gradient_accumulation_steps = None
-    return found.pop() if found else 1
-
-
-@contextlib.contextmanager
-def accumulation_shown(optimizer: Any) -> Iterator[None]:
-    """Has an optimizer's config hold the `gradient_accumulation_steps` taken from it."""
-    taken = [leaf for leaf in leaves(optimizer) if "_tapefit_accumulation" in leaf.__dict__]
-    for leaf in taken:
-        leaf.gradient_accumulation_steps = leaf.__dict__["_tapefit_accumulation"]
-    try:
-        yield
-    finally:
-        for leaf in taken:
-            leaf.gradient_accumulation_steps = None
-
-
 @contextlib.contextmanager
 def already_reduced(optimizer: Any) -> Iterator[None]:
     """Has `optimizer.apply` take gradients as summed over replicas and unscaled.
@@ -224,10 +184,10 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
         optimizer.apply(padded, everything)
 
 
-def knows(optimizer: Any, variables: Sequence[Any]) -> bool:
-    """Whether a built optimizer has state for all of `variables`."""
-    known = {id(_value(v)) for v in optimizer._trainable_variables}
-    return all(id(_value(v)) in known for v in variables)
+def all_variables(leaf: Any) -> list[Any]:
+    """Returns the variables that an optimizer was built for, in its order."""
+    kept = leaf.__dict__.get("_tapefit_all")
+    return leaf._trainable_variables if kept is None else [variable for variable, _ in kept]
 
 
 def average_only(optimizer: Any, active: Sequence[Any]) -> None:

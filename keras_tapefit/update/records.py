@@ -71,6 +71,12 @@ class Records:
             names += [f"weight/{path}[{place}]" if place else f"weight/{path}" for place in places]
         return names
 
+    @property
+    def variables(self) -> list[Any]:
+        """The state."""
+        found = [self._rows, self._closing]
+        return found if self._histograms is None else [*found, self._histograms]
+
     def watch(self) -> Watch:
         """Returns what looks at an update of the step that runs now."""
         return Watch(self.request, self._is_due() if self.num_histograms else None)

@@ -17,14 +17,19 @@ def count() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def in_strategy() -> bool:
+    """Whether this code runs on a replica of a strategy; there may be only one."""
+    return tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context() is False
+
+
 def all_reduce(gradients: Gradients) -> Gradients:
     """Sums gradients over replicas; `None` stays `None`, sparse stays sparse."""
     if count() == 1:
         return gradients
     context = tf.distribute.get_replica_context()
-    present = [g for g in gradients.values() if g is not None]
-    summed = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else ())
-    return Gradients([(None if g is None else next(summed), v) for g, v in gradients.pairs()])
+    present = gradients.present()
+    summed = context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else []
+    return gradients.with_present(summed)
 
 
 def sum_over(value: Any) -> Any:
@@ -34,14 +39,6 @@ def sum_over(value: Any) -> Any:
     # What a branch reads from outside is on no device, which several workers must know.
     value = tf.nest.map_structure(tf.identity, value)
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
-
-
-def relative_share(weight: tf.Tensor) -> tf.Tensor:
-    """Returns by how much more than the others a replica counts, given its weight.
-
-    Exactly 1 where all have the same.
-    """
-    return tf.math.divide_no_nan(count() * weight, sum_over(weight))
 
 
 def all_true(value: tf.Tensor) -> tf.Tensor:
@@ -65,7 +62,7 @@ def when(
             then be a function, which TensorFlow makes ready in far less time than a
             branch that is taken apart.
     """
-    if count() == 1:
+    if not in_strategy():
         if of_one_cpu and not tf.executing_eagerly():
             _call_when(predicate, lambda: fn(arguments))
         else:

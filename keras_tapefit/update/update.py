@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
+from keras_tapefit.backward.base import Computed
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks import HookList
+from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.hooks.step import Parts, Report, Step
 from keras_tapefit.update import optimizers, replicas
-from keras_tapefit.update.accumulation import Accumulation
+from keras_tapefit.update.records import Records
+from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.watch import Seen, Watch
+from keras_tapefit.update.window import Window
 
 
 @dataclass
@@ -33,9 +37,6 @@ class Outcome:
     seen: Seen | None = None
 
 
-Settle = Callable[[Callable[[], Outcome]], None]
-
-
 def may_reject(optimizer: Any, hooks: HookList) -> bool:
     """Whether a step with these hooks can be skipped as a whole."""
     return hooks.may_skip_steps or (len(hooks) > 0 and optimizers.is_dynamic(optimizer))
@@ -47,7 +48,7 @@ def update(
     hooks: HookList,
     scaled: bool,
     loss: Any = None,
-    parts: Any = None,
+    norms: Any = None,
     watch: Watch | None = None,
 ) -> Outcome:
     """Takes gradients through replicas, loss scale, hooks, gate and optimizer.
@@ -61,8 +62,9 @@ def update(
         hooks: built hooks.
         scaled: whether the gradients are those of the loss times the loss scale.
         loss: this replica's share of the loss, where it is known.
-        parts: norms and weights of the gradients of the micro-batches, and by how much
-            more than the others this replica counts, if there are any.
+        norms: of the gradients of the parts of this replica's batch, times the loss
+            scale where that is in `gradients`, and the numbers of their examples, both
+            of shape `[num_parts]`; `None`: the batch of all replicas is one part.
         watch: looks at the update, for a record of the step.
 
     Returns:
@@ -78,7 +80,6 @@ def update(
         optimizers.apply(optimizer, gradients.values(), variables)
         return Outcome(None, [])
 
-    of_parts = _parts(gradients, parts, scale if scaled else None) if hooks.uses_parts else None
     gradients = replicas.all_reduce(gradients)
     if hooks:
         gradients = gradients.with_unique_rows()
@@ -90,9 +91,8 @@ def update(
     step = Step(index=tf.cast(optimizer.iterations, tf.int64))
     if hooks.uses_loss and loss is not None:
         step.loss = tf.cast(replicas.sum_over(loss), tf.float32)
-    if of_parts is not None:
-        whole = tf.square(tf.cast(gradients.global_norm(), tf.float32))
-        step.parts = Parts(of_parts[0], of_parts[1], whole, of_parts[2])
+    if hooks.uses_parts:
+        step.parts = _parts(norms, scale if scaled else None, gradients)
     if watch is not None:
         watch.given(gradients)
     gradients = hooks.run(gradients, step)
@@ -131,104 +131,155 @@ def _apply_watched(optimizer: Any, gradients: Gradients, scale: Any, watch: Watc
 
 
 def accumulate(
-    gradients: Gradients,
+    computed: Computed,
+    call: int,
+    first: bool,
     optimizer: Any,
     hooks: HookList,
     scaled: bool,
-    accumulation: Accumulation,
-    weight: tf.Tensor,
-    settle: Settle,
-    loss: Any = None,
+    window: Window,
+    entries: Reports,
+    records: Records | None,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Adds gradients to the window, and makes the update where it is full.
+    """Adds the gradients of a step to the window, and makes the update where it is full.
 
     Args:
-        gradients: of the variables being trained, of this replica.
+        computed: what is known of the batch, of this replica.
+        call: the number of the call of the optimizer in this step.
+        first: whether it is the first one of this optimizer.
         optimizer: a built Keras optimizer.
-        hooks: built hooks; they see the mean of the window.
+        hooks: built hooks; they receive the mean of the window.
         scaled: whether the gradients are those of the loss times the loss scale.
-        accumulation: the window.
-        weight: scalar float32, the number of examples of the step.
-        settle: called inside the branch of the update; makes it and takes up what
-            became of it.
-        loss: this replica's share of the loss, where it is known.
-        watch: looks at the step, and at the update where there is one.
+        window: the window.
+        entries: where hooks' log entries go in the step that makes the update.
+        records: where the record of the update goes; `None`: nowhere.
+        watch: looks at the step.
 
     Returns:
         What became of this step; its verdict is that on the batch.
     """
+    if hooks.uses_loss and any(q.loss is None for q in computed.quotients):
+        raise ValueError(
+            "A hook looks at the loss, and `apply_gradients` was called with gradients "
+            "alone, which accumulate. Use `tape.minimize(loss)`."
+        )
+    gradients = computed.gradients
     dynamic = optimizers.is_dynamic(optimizer)
     scale = optimizers.loss_scale(optimizer)
     finite: Any = None
     if dynamic or hooks.may_skip_steps:
         # Looked at step by step: one bad batch costs itself, not the window.
         finite = replicas.all_true(gradients.all_finite())
+    quotients = computed.quotients
     if scaled and scale is not None:
-        gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
-    accumulation.add(gradients, weight, finite, loss)
-    missing = [g is None for g in gradients.values()]
-    variables = gradients.variables
-    full = accumulation.is_full()
-    closing = (accumulation, variables, missing, optimizer, hooks, settle)
-    closing_watch = None
+        factor = 1.0 / tf.cast(scale, tf.float32)
+        gradients = gradients.scale(factor)
+        quotients = [replace(q, gradients=q.gradients.scale(factor)) for q in quotients]
+    full = window.add(call, quotients, finite, computed.examples, computed.all_examples)
+    if finite is not None:
+        full &= finite
     if watch is not None:
         watch.given(replicas.all_reduce(gradients))
-        closing_watch = watch.after_accumulation()
-    replicas.when(full, lambda _: close(*closing, closing_watch), [])
+
+    def close_window(_: Any) -> None:
+        close(window, call, first, True, gradients.variables, optimizer, hooks, entries, records)
+
+    replicas.when(full, close_window, [])
     if dynamic:
         overflow = [tf.fill(tf.shape(g), float("nan")) for g in _dense(gradients)]
-        indices = [i for i, gone in enumerate(missing) if not gone]
-        replicas.when(~finite, _applying(optimizer, variables, indices), overflow)
+        places = [i for i, g in enumerate(gradients.values()) if g is not None]
+        apply = _applying(optimizer, gradients.variables, places)
+
+        def halve_scale(values: Sequence[Any]) -> None:
+            with window.counting_updates(first, False):
+                apply(values)
+
+        replicas.when(~finite, halve_scale, overflow)
     return Outcome(finite, [], None if watch is None else watch.seen(finite))
 
 
 def close(
-    accumulation: Accumulation,
+    window: Window,
+    call: int,
+    first: bool,
+    full: bool,
     variables: Sequence[Any],
-    missing: Sequence[bool],
     optimizer: Any,
     hooks: HookList,
-    settle: Settle,
-    watch: Watch | None = None,
+    entries: Reports,
+    records: Records | None,
 ) -> None:
-    """Makes the update of a window, full or not, and begins a new one."""
+    """Makes the update of a window, full or not, and begins a new one.
 
-    def make_update(_: Any) -> None:
-        mean = accumulation.mean(variables, missing)
-        parts = accumulation.as_part(mean) if hooks.uses_parts else None
-        loss = accumulation.mean_loss()
-        settle(lambda: update(mean, optimizer, hooks, False, loss, parts, watch))
+    Args:
+        window: the window.
+        call: the number of the call of the optimizer in a step.
+        first: whether it is the first one of this optimizer.
+        full: whether the window is; not at the end of an epoch, with steps left over.
+        variables: those being trained now.
+        optimizer, hooks, entries, records: as in `accumulate`.
+    """
+    with window.counting_updates(first, full):
+        mean, loss = window.mean(call, variables)
+        rollback = Rollback(hooks.undone_variables()) if may_reject(optimizer, hooks) else None
+        norms = window.norms(call, mean) if hooks.uses_parts else None
+        watch = None if records is None else Watch(records.request)
+        outcome = update(mean, optimizer, hooks, False, loss, norms, watch)
+        if rollback is not None and outcome.accepted is not None:
+            rollback.restore_unless(outcome.accepted)
+        if records is not None and outcome.seen is not None:
+            records.close_window(variables, outcome.seen)
+        log(entries, outcome.reports, outcome.accepted, rollback is not None)
+    window.clear(call)
 
-    replicas.when(accumulation.is_started(), make_update, [])
-    accumulation.clear()
+
+def log(
+    entries: Reports, reports: Sequence[Report], accepted: tf.Tensor | None, rejects: bool
+) -> None:
+    """Adds the log entries of one step to the epoch's means.
+
+    Args:
+        entries: the epoch's.
+        reports: what the hooks report.
+        accepted: scalar bool; `None`: the step is accepted.
+        rejects: whether steps can be rejected, and are counted.
+    """
+    reports = list(reports)
+    if rejects:
+        skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
+        reports.append(Report(None, "skipped_steps", skipped, "sum"))
+    if reports:
+        entries.add(reports, accepted)
 
 
 def _dense(gradients: Gradients) -> list[tf.Tensor]:
-    return [to_dense(g) for g in gradients.values() if g is not None]
+    return [to_dense(g) for g in gradients.present()]
 
 
-def _parts(gradients: Gradients, parts: Any, scale: Any) -> Any:
-    """Returns `square_norm`, `inverse` and `whole_inverse` of `Parts`.
+def _parts(norms: Any, scale: Any, whole: Gradients) -> Parts | None:
+    """Returns how large the gradients of the parts of the batch are, on all replicas.
 
     The parts are micro-batches, or else replicas; with neither it is `None`.
     """
-    if parts is None:
-        norms = tf.reshape(tf.cast(gradients.global_norm(), tf.float32), [1])
-        weights = tf.ones(1)
-        share: Any = 1.0
-    else:
-        norms, weights, share = parts
-    if int(norms.shape[0]) * replicas.count() == 1:
+    if norms is None:
         return None
-    # Keras divides the loss of a replica by the number of replicas.
-    factor = replicas.count() / (1.0 if scale is None else tf.cast(scale, tf.float32))
-    total = tf.reduce_sum(weights)
-    square_norm = tf.reduce_sum(weights * tf.square(factor * norms))
-    count = tf.math.count_nonzero(weights, dtype=tf.float32)
-    means = [share * square_norm, share * count, tf.square(share)]
-    means = replicas.sum_over(tf.math.divide_no_nan(tf.stack(means), total)) / replicas.count()
-    return means[0], means[1], means[2] / replicas.count()
+    values, sizes = norms
+    if scale is not None:
+        values /= tf.cast(scale, tf.float32)
+    sums = tf.stack(
+        [
+            tf.reduce_sum(tf.math.multiply_no_nan(tf.square(values), sizes)),
+            tf.math.count_nonzero(sizes, dtype=tf.float32),
+            tf.reduce_sum(sizes),
+        ]
+    )
+    squares, count, total = tf.unstack(replicas.sum_over(sums))
+    whole_norm = tf.cast(whole.global_norm(), tf.float32)
+    divide = tf.math.divide_no_nan
+    return Parts(
+        divide(squares, total), divide(count, total), tf.square(whole_norm), divide(1.0, total)
+    )
 
 
 def _verdict(step: Step) -> tf.Tensor | None:

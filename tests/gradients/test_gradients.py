@@ -73,6 +73,24 @@ def test_map_takes_other_gradients(mixed):
     np.testing.assert_array_equal(doubled["t"], 2 * TRUE_TABLE)
 
 
+def test_present_gradients_are_replaced_in_order(mixed):
+    dense, table = mixed.present()
+    assert dense is mixed["a/w"] and table is mixed["t"]
+    result = mixed.with_present([dense * 2.0, sparse.with_values(table, table.values * 3.0)])
+    np.testing.assert_array_equal(result["a/w"], [2.0, -4.0])
+    assert result["b/w"] is None and result.variables == mixed.variables
+    np.testing.assert_array_equal(sparse.to_dense(result["t"]), 3 * TRUE_TABLE)
+    # Rows may repeat in what is given, so they are summed before a norm is taken.
+    unique = mixed.with_unique_rows().with_present(mixed.present())
+    np.testing.assert_allclose(unique.global_norm(), mixed.global_norm())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_with_present_counts_what_it_is_given(mixed, count):
+    with pytest.raises(ValueError, match=f"must hold 2 gradients.* Received: {count}"):
+        mixed.with_present([tf.zeros(2)] * count)
+
+
 def test_scale_keeps_sparse_and_none(mixed):
     result = mixed.scale(0.5)
     assert isinstance(result["t"], tf.IndexedSlices) and result["b/w"] is None

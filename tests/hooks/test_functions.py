@@ -137,3 +137,51 @@ def test_a_hook_may_drop_a_gradient(two_layers):
     after = two_layers.get_weights()
     np.testing.assert_array_equal(before[0], after[0])
     assert not np.array_equal(before[1], after[1])
+
+
+class Looks(hooks.GradientHook):
+    """Says when it is called."""
+
+    def build(self, variables):
+        self.calls = []
+
+    def apply(self, gradients):
+        self.calls.append("apply")
+        return gradients
+
+
+class After:
+    """A class beside `GradientHook` may bring the method."""
+
+    def after_update(self, before, variables):
+        self.calls.append(f"after {len(before)} {len(variables)}")
+
+
+class Watches(After, Looks):
+    def on_validation(self, gradients):
+        self.calls.append(f"validation {len(gradients)}")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_methods_are_called_where_a_class_implements_them(two_layers, run_eagerly):
+    x, y = np.ones((2, 4)), np.ones((2, 2))
+    both, neither = Watches(targets="first/*"), Looks()
+    two_layers.compile("sgd", "mse", gradient_hooks=[both, neither], run_eagerly=run_eagerly)
+    two_layers.fit(x, y, validation_data=(x, y), verbose=0)
+    assert set(both.calls) == {"apply", "after 2 2", "validation 2"}
+    assert set(neither.calls) == {"apply"}
+    assert two_layers.gradient_hooks.watches_update
+    two_layers.gradient_hooks.remove(both)
+    assert not two_layers.gradient_hooks.watches_update
+    assert not two_layers.gradient_hooks.watches_validation
+
+
+def test_what_is_asked_for_decides_where_a_class_says_so(two_layers):
+    monitors = [hooks.GradientMonitor(), hooks.GradientMonitor(validation=True, name="all")]
+    assert [monitor.watches_validation for monitor in monitors] == [False, True]
+    logs = two_layers.fit(np.ones((2, 4)), np.ones((2, 2)), validation_split=0.5, verbose=0).history
+    assert "val_loss" in logs and not any("norm" in name for name in logs)
+    two_layers.gradient_hooks = monitors
+    x, y = np.ones((2, 4)), np.ones((2, 2))
+    logs = two_layers.fit(x, y, validation_data=(x, y), verbose=0).history
+    assert "val_all_norm" in logs and "val_gradient_norm" not in logs

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from keras_tapefit.backward import PerExampleClipping
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.clipping import (
     AdaptiveClipping,
@@ -137,8 +138,7 @@ def _no_freeze(hook: GradientHook, hooks: Sequence[GradientHook]) -> Iterator[st
 
 
 def _private_noise(hooks: Sequence[GradientHook], backward: Any) -> Iterator[str]:
-    # By name: the ways to get gradients are another folder of this floor.
-    if type(backward).__name__ != "PerExampleClipping":
+    if not isinstance(backward, PerExampleClipping):
         return
     for hook in hooks:
         if isinstance(hook, _CLIPPING):

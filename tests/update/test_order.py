@@ -6,12 +6,21 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tapefit import hooks
-from keras_tapefit.hooks import order_findings
+from keras_tapefit import TapeSequential, backward, hooks
+from keras_tapefit.update.order import order_findings
 
 
-class PerExampleClipping:
-    """Stands for the class of that name, which the check knows by its name."""
+@pytest.fixture
+def model():
+    """Two dense layers; variable paths end in `first/kernel` to `second/bias`."""
+    layers = [keras.layers.Dense(5, name="first"), keras.layers.Dense(2, name="second")]
+    model = TapeSequential([keras.Input((4,)), *layers])
+    model.compile("sgd", "mse")
+    return model
+
+
+X, Y = np.ones((2, 4)), np.ones((2, 2))
+PRIVATE = backward.PerExampleClipping(1.0, 0.1)
 
 
 def _find(*hook_list, optimizer=None, backward=None):
@@ -69,11 +78,11 @@ FINDINGS = {
         "has `clipvalue=2.0` and clips the noise of GradientNoise",
     ),
     "clip after private noise": (
-        lambda: _find(hooks.NormClipping(1.0), backward=PerExampleClipping()),
+        lambda: _find(hooks.NormClipping(1.0), backward=PRIVATE),
         "comes after the noise of PerExampleClipping.*remove it, or lower `max_norm`",
     ),
     "noise on private noise": (
-        lambda: _find(hooks.GradientNoise(1.0), backward=PerExampleClipping()),
+        lambda: _find(hooks.GradientNoise(1.0), backward=PRIVATE),
         "which no accountant counts. Raise `noise_multiplier` instead",
     ),
 }
@@ -105,6 +114,9 @@ FINE = {
     "other scopes": lambda: _find(hooks.NormClipping(1), hooks.NormClipping(2, per_layer=True)),
     "other clips": lambda: _find(hooks.ValueClipping(1.0), hooks.GlobalNormClipping(1.0)),
     "live factor": lambda: _find(hooks.GradientScaling(lambda step: 0.0 * step)),
+    "another class of that name": lambda: _find(
+        hooks.NormClipping(1.0), backward=type("PerExampleClipping", (), {})()
+    ),
     "nothing": lambda: _find(optimizer=keras.optimizers.SGD(clipnorm=1.0)),
     "no optimizer": lambda: order_findings([hooks.NormClipping(1.0)], [], None),
 }
@@ -115,25 +127,23 @@ def test_no_findings(name):
     assert FINE[name]() == []
 
 
-def test_targets_of_built_hooks_are_compared_by_variable(two_layers):
-    x, y = np.zeros((2, 4)), np.zeros((2, 2))
-    first, second = (hooks.NormClipping(1.0, targets="first/*"), hooks.NormClipping(2.0))
-    two_layers.gradient_hooks.set([first, second])
-    two_layers.train_on_batch(x, y)
+def test_targets_of_built_hooks_are_compared_by_variable(model):
+    first, second = (hooks.NormClipping(1.0, targets="*first/*"), hooks.NormClipping(2.0))
+    model.gradient_hooks.set([first, second])
+    model.train_on_batch(X, Y)
     assert order_findings([first, second], [], None) == []
 
 
-def test_fit_warns_once_before_the_first_step(line):
-    line.gradient_hooks.set([hooks.GlobalNormClipping(1.0), hooks.SkipNonFinite()])
-    x, y = np.ones((2, 2)), np.ones((2, 1))
-    before = line.get_weights()[0]
+def test_fit_warns_once_before_the_first_step(model):
+    model.gradient_hooks.set([hooks.GlobalNormClipping(1.0), hooks.SkipNonFinite()])
+    before = model.get_weights()[0]
     with pytest.raises(UserWarning, match="comes before SkipNonFinite"):
-        line.fit(x, y, verbose=0)
-    np.testing.assert_array_equal(line.get_weights()[0], before)
-    line.compile("sgd", "mse")
+        model.fit(X, Y, verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before)
+    model.compile("sgd", "mse")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        line.fit(x, y, verbose=0)
-        line.gradient_hooks.add(hooks.GradientMonitor())
-        line.fit(x, y, verbose=0)
+        model.fit(X, Y, verbose=0)
+        model.gradient_hooks.add(hooks.GradientMonitor())
+        model.fit(X, Y, verbose=0)
     assert len(caught) == 1

@@ -1,0 +1,227 @@
+"""One training step from its first line to its logs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from keras_tapefit.backward.base import Computed
+from keras_tapefit.hooks.step import Report
+from keras_tapefit.training import keras_trainer, losses
+from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.update import replicas
+from keras_tapefit.update.compiled import update_compiled
+from keras_tapefit.update.records import StepRecord
+from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.update import Outcome, accumulate, close, log, update
+
+
+class Step:
+    """What one step needs to be undone, recorded and logged.
+
+    Args:
+        runtime: the private side of the model.
+        everything: whether the step may write to any variable and make several updates,
+            so that all of them are put aside.
+    """
+
+    def __init__(self, runtime: Runtime, everything: bool = False) -> None:
+        self.runtime = runtime
+        self.updated = False
+        self._everything = everything
+        self._rejects = runtime.may_reject()
+        self._undone: dict[int, Any] = {}
+        self._rollbacks: list[Rollback] = []
+        if self._rejects:
+            self._put_aside(runtime.state.undone_variables(everything))
+        self._calls: dict[int, int] = {}
+        self._accepted: tf.Tensor | None = None
+        self._reports: list[Report] = []
+        self._loss: Any = None
+        records = runtime.recording.records
+        self._record = None if records is None else StepRecord(records)
+
+    def _put_aside(self, variables: list[Any]) -> None:
+        new = [v for v in variables if id(v) not in self._undone]
+        self._undone.update((id(v), v) for v in new)
+        self._rollbacks.append(Rollback(new))
+
+    def update(self, computed: Computed, optimizer: Any, scaled: bool = True) -> None:
+        """Takes gradients to the weights: replicas, loss scale, hooks, gate, optimizer.
+
+        Args:
+            computed: what is known of the batch.
+            optimizer: a built Keras optimizer.
+            scaled: whether the gradients are those of the loss times the loss scale.
+        """
+        if self._rejects and self._everything:
+            self._put_aside(list(optimizer.variables))
+        self.updated = True
+        self._loss = computed.loss
+        outcome = self._outcome(computed, optimizer, scaled)
+        self._reports.extend(outcome.reports)
+        if outcome.accepted is not None:
+            before = self._accepted
+            self._accepted = outcome.accepted if before is None else before & outcome.accepted
+
+    def _outcome(self, computed: Computed, optimizer: Any, scaled: bool) -> Outcome:
+        runtime, record, watch = self.runtime, self._record, None
+        hooks, window = runtime.hooks, runtime.window_of(optimizer)
+        if record is not None:
+            watch = record.begin_update(optimizer, window is not None)
+        gradients = computed.gradients
+        if window is None:
+            norms = computed.part_norms(replicas.count()) if hooks.uses_parts else None
+            make = update_compiled if runtime.jit_compile == "update" else update
+            outcome = make(gradients, optimizer, hooks, scaled, computed.loss, norms, watch)
+        else:
+            call = self._calls.get(id(window), 0)
+            self._calls[id(window)] = call + 1
+            outcome = accumulate(
+                computed,
+                call,
+                call == 0,
+                optimizer,
+                hooks,
+                scaled,
+                window,
+                runtime.entries,
+                runtime.recording.records,
+                watch,
+            )
+        if record is not None and outcome.seen is not None:
+            record.end_update(gradients.variables, outcome.seen)
+        return outcome
+
+    def report(self, report: Report) -> None:
+        """Adds a scalar to the logs, at the end of the step."""
+        self._reports.append(report)
+
+    def close_built_in(self, logs: Any) -> Any:
+        """Ends the built-in step, which may be part of a custom one."""
+        return self.close(logs)
+
+    def close(self, logs: Any) -> Any:
+        """Ends the step.
+
+        Args:
+            logs: what the step returned.
+
+        Returns:
+            The same, without what a rejected step would have put into it, and with what
+            hooks report.
+        """
+        runtime, accepted = self.runtime, self._accepted
+        if accepted is not None and self._rollbacks:
+            for rollback in self._rollbacks:
+                rollback.restore_unless(accepted)
+            if isinstance(logs, dict):
+                tracked = runtime.model.get_metrics_result()
+                logs = {k: tracked.get(k, v) for k, v in logs.items()}
+        if self.updated:
+            if self._reports or self._rejects:
+                log(runtime.entries, self._reports, accepted, self._rejects)
+            runtime.count_step(accepted)
+            if self._record is not None:
+                self._record.write(self._loss)
+        if not isinstance(logs, dict):
+            return logs
+        return {**logs, **runtime.logged()}
+
+
+class CustomStep(Step):
+    """The step of a `train_step` of a user's own, or of a loop by hand.
+
+    Args:
+        runtime: the private side of the model.
+        data: the batch; `None` in a loop by hand, where it is not known.
+
+    Attributes:
+        used_tape: whether `gradient_tape` was called.
+        used_method: whether the built-in step was, as `super().train_step(data)`.
+        loss: the last one that was minimized, this replica's.
+        results: what was read from metrics.
+        tracked_loss: whether the loss tracker was updated.
+        scaled_loss: whether the loss was scaled.
+        applied: whether the optimizer was called past our tape.
+    """
+
+    def __init__(self, runtime: Runtime, data: Any = None) -> None:
+        super().__init__(runtime, everything=True)
+        self._data = data
+        self.used_tape = False
+        self.used_method = False
+        self.loss: Any = None
+        self.results: list[Any] = []
+        self.tracked_loss = False
+        self.scaled_loss = False
+        self.applied = False
+
+    def close_built_in(self, logs: Any) -> Any:
+        self.used_method = True
+        return logs
+
+    # Not in `__init__`: a step that needs none of it gets no operation of ours.
+    @functools.cached_property
+    def examples(self) -> tf.Tensor:
+        """The number of examples in this replica's batch; 1 where it is not known."""
+        return losses.batch_shape(self._data)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether this replica may have no example."""
+        if self._data is None or replicas.count() == 1:
+            return False
+        return not isinstance(keras_trainer.static_batch_size(self._data), int)
+
+
+class _Open(threading.local):
+    step: CustomStep | None = None
+
+
+_open = _Open()
+
+
+@contextlib.contextmanager
+def custom_step(runtime: Runtime, data: Any) -> Iterator[CustomStep]:
+    """Opens a step for a `train_step` of a user's own, in this thread.
+
+    Each replica has one. What the user calls (`gradient_tape`, `apply_gradients`,
+    `super().train_step`) finds it by the thread.
+    """
+    outer, _open.step = _open.step, CustomStep(runtime, data)
+    try:
+        yield _open.step
+    finally:
+        _open.step = outer
+
+
+def open_step(runtime: Runtime) -> CustomStep | None:
+    """Returns the custom step that runs in this thread for a model, if any."""
+    step = _open.step
+    return step if step is not None and step.runtime is runtime else None
+
+
+def close_windows(runtime: Runtime) -> None:
+    """Makes an update of the steps that are left over at the end of an epoch."""
+    model = runtime.model
+    for optimizer, window in runtime.open_windows():
+        if not window.leftover_steps():
+            continue
+        calls = window.known_calls()
+        # What is frozen by now keeps its value.
+        variables = window.trained(runtime.candidates())
+
+        def make_updates() -> None:
+            for number, call in enumerate(calls):
+                where = (runtime.entries, runtime.recording.records)
+                first = number == 0
+                close(window, call, first, False, variables, optimizer, runtime.hooks, *where)
+
+        key = id(window), window.structure(), tuple(map(id, variables))
+        runtime.run_once(key, make_updates)
