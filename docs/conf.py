@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ nitpick_ignore_regex = [
 ]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+# A method that does what its base class says needs no second entry.
+autodoc_inherit_docstrings = False
+toc_object_entries_show_parents = "hide"
 # The text of each argument says what it may be.
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
@@ -65,6 +69,7 @@ def setup(app: Any) -> None:
     app.connect("source-read", read_page)
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)
+    app.connect("autodoc-process-signature", show_init)
 
 
 def read_page(app: Any, docname: str, source: list[str]) -> None:
@@ -103,6 +108,17 @@ def to_restructured_text(
         # Napoleon takes what stands before a colon there for a type.
         result = [line.replace(": ", " – ") for line in result]
     lines[:] = result
+
+
+def show_init(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: Any, returns: Any
+) -> tuple[str, None] | None:
+    """Shows the arguments of `__init__`, not those of a `__new__` that passes all on."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in parameters]
+    return str(inspect.Signature(bare)), None
 
 
 def list_table(rows: list[list[str]]) -> list[str]:
