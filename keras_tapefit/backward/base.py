@@ -89,6 +89,11 @@ class Forward:
     all_examples: tf.Tensor
     counts: tf.Tensor | None = None
 
+    @property
+    def loss(self) -> tf.Tensor:
+        """This replica's share of the loss, without loss scale."""
+        return sum_of([q.loss for q in self.quotients if q.loss is not None])
+
     def computed(self, gradients: Sequence[Sequence[Any]], variables: Sequence[Any]) -> Computed:
         """Returns what a method returns, given the gradients of each of `scaled`."""
         quotients = []

@@ -32,9 +32,7 @@ class MicroBatches(GradientMethod):
         keeps_norms: whether the norm of each part's gradient is wanted.
     """
 
-    def __init__(
-        self, method: GradientMethod, num_parts: int, keeps_norms: bool = False
-    ) -> None:
+    def __init__(self, method: GradientMethod, num_parts: int, keeps_norms: bool = False) -> None:
         if not method.takes_parts:
             raise ValueError(
                 f"`{type(method).__name__}` needs the whole batch at once, so "
@@ -49,7 +47,7 @@ class MicroBatches(GradientMethod):
         bounds = _bounds(objective.batch_size(batch), self.num_parts)
         parts: list[Computed] = []
         masks: list[list[Any]] = []
-        sums: list[Gradients] = []
+        sums: list[Gradients | None] = []
         for start, stop in bounds:
             # One after the other: run side by side, all parts would be in memory.
             with tf.control_dependencies(_values(sums)):
@@ -68,8 +66,10 @@ class MicroBatches(GradientMethod):
             for column in zip(*(part.quotients for part in parts), strict=True)
         ]
         for quotient, total in zip(quotients, sums, strict=True):
-            quotient.gradients = total if quotient.divisor is None else total.scale(
-                tf.math.divide_no_nan(1.0, quotient.divisor)
+            quotient.gradients = (
+                total
+                if quotient.divisor is None
+                else total.scale(tf.math.divide_no_nan(1.0, quotient.divisor))
             )
         outputs = keras.tree.map_structure(_joined, *(part.outputs for part in parts))
         objective.set_masks(outputs, [_joined(*column) for column in zip(*masks, strict=True)])

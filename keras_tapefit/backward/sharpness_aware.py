@@ -95,7 +95,9 @@ class SharpnessAware(GradientMethod):
             values = self._uphill(objective, computed.gradients)
             _, found = objective.gradients_at(batch, values, state, like=forward)
             rows = zip(found, known, strict=True)
-            return [g for row, flags in rows for g, is_known in zip(row, flags, strict=True) if is_known]
+            return [
+                g for row, flags in rows for g, is_known in zip(row, flags, strict=True) if is_known
+            ]
 
         present = [g for row in clean for g in row if g is not None]
         if self.every == 1:

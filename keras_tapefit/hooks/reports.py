@@ -20,6 +20,8 @@ class Reports:
         self.capacity = capacity
         self._entries: dict[str, tuple[int, str]] = {}
         self._owners: dict[str, Any] = {}
+        self._of_training: set[str] = set()
+        self._of_validation: set[str] = set()
         self.state = keras.Variable(
             tf.zeros((2, capacity)),
             dtype="float32",
@@ -34,6 +36,7 @@ class Reports:
         reports: Sequence[Report],
         accepted: tf.Tensor | None,
         taken: Collection[str] = (),
+        validation: bool = False,
     ) -> None:
         """Adds one step's reports.
 
@@ -42,6 +45,7 @@ class Reports:
             accepted: scalar bool; the reports of a rejected step are left out, but for
                 those that no hook made. `None`: the step is accepted.
             taken: the names of the model's own log entries.
+            validation: whether the step is one of `evaluate`.
 
         Raises:
             ValueError: when two hooks report the same name, a name is taken, or there is
@@ -59,6 +63,8 @@ class Reports:
         if not reports:
             return
         slots = [self._slot(report) for report in reports]
+        names = self._of_validation if validation else self._of_training
+        names.update(report.name for report in reports)
         counts = tf.stack([tf.cast(report.weight, tf.float32) for report in reports])
         values = tf.stack([report.value for report in reports]) * counts
         if accepted is not None:
@@ -97,14 +103,16 @@ class Reports:
         skipped, steps = copies[0].numpy()[:, slot]
         return int(steps - skipped), int(skipped)
 
-    def names(self, owners: Collection[Any]) -> list[str]:
+    def names(self, owners: Collection[Any], validation: bool = False) -> list[str]:
         """Returns the log entries of some hooks; `None` stands for those of no hook."""
         ids = {id(owner) for owner in owners}
-        return [name for name, owner in self._owners.items() if id(owner) in ids]
+        known = self._of_validation if validation else self._of_training
+        return [name for name, owner in self._owners.items() if id(owner) in ids and name in known]
 
     def keep(self, owners: Collection[Any]) -> None:
         """Lets go of the log entries of all other hooks."""
-        for name in set(self._owners) - set(self.names(owners)):
+        kept = {*self.names(owners), *self.names(owners, validation=True)}
+        for name in set(self._owners) - kept:
             del self._owners[name], self._entries[name]
 
     def reset(self) -> None:

@@ -62,7 +62,9 @@ def listening(runtime: Runtime) -> Iterator[None]:
     """Has metrics and optimizer of a model tell the open step what is done with them."""
     model, optimizer = runtime.model, runtime.optimizer
     tracker = keras_trainer.loss_tracker(model)
-    methods: list[Any] = [(m, "result", lambda step, v: step.results.append(v)) for m in model.metrics]
+    methods: list[Any] = [
+        (m, "result", lambda step, v: step.results.append(v)) for m in model.metrics
+    ]
     if tracker is not None:
         methods.append((tracker, "update_state", _marking("tracked_loss")))
     if optimizers.has_loss_scale(optimizer):
@@ -77,6 +79,10 @@ def listening(runtime: Runtime) -> Iterator[None]:
     finally:
         for owner, name, _ in patched:
             owner.__dict__.pop(name, None)
+
+
+def _keep_result(step: CustomStep, value: Any) -> None:
+    step.results.append(value)
 
 
 def _marking(name: str) -> Callable[[Any, Any], None]:
@@ -169,5 +175,3 @@ def _is_scalar(value: Any) -> bool:
     if isinstance(value, bool | int | float):
         return True
     return tf.is_tensor(value) and value.shape.rank == 0 and value.dtype != tf.string
-
-

@@ -111,9 +111,7 @@ def build(model: Any, batch: Batch) -> None:
         model._symbolic_build(data_batch=batch)
 
 
-def separate(
-    model: Any, batch: Batch, y_pred: Any, training: bool
-) -> tuple[tf.Tensor, list[Term]]:
+def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.Tensor, list[Term]]:
     """Calls `compute_loss`, and listens to the losses that it calls in turn.
 
     Returns:
@@ -140,9 +138,7 @@ def separate(
         zip(compiled._flat_losses, heard, strict=False)
     ):
         divisor, kind = _divisor(item.loss.reduction, reduced, examples, place)
-        terms.append(
-            Term(place, tf.cast(value, compiled.dtype), item.loss_weights, divisor, kind)
-        )
+        terms.append(Term(place, tf.cast(value, compiled.dtype), item.loss_weights, divisor, kind))
     return total, terms
 
 

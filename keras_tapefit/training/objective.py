@@ -190,9 +190,7 @@ class ModelObjective:
         with losses.undivided():
             y_pred = keras_trainer.forward(self._model, batch[0], self._training)
             if like is None:
-                return [
-                    self._scaled(losses.compute(self._model, batch, y_pred, self._training))
-                ]
+                return [self._scaled(losses.compute(self._model, batch, y_pred, self._training))]
             found = self._quotients(batch, y_pred, like.examples)
         values = [_part_of(q.loss, s) for q, s in zip(found, like.shares, strict=True)]
         return [self._scaled(v) for v in (values if self._apart else [sum_of(values)])]

@@ -85,7 +85,7 @@ class Runtime:
         return [optimizer for _, optimizer in self._named_optimizers()]
 
     def _named_optimizers(self) -> list[tuple[str, Any]]:
-        found = {}
+        found: dict[int, tuple[str, Any]] = {}
         for name, value in [("optimizer", self.optimizer), *sorted(vars(self.model).items())]:
             if isinstance(value, keras.optimizers.Optimizer):
                 found.setdefault(id(value), (name, value))
@@ -245,12 +245,13 @@ class Runtime:
         if self.made_entries is None:
             self.made_entries = Reports(128 + 4 * len(self.candidates()))
 
-    def entry_names(self) -> list[str]:
+    def entry_names(self, validation: bool = False) -> list[str]:
         """Returns the names of the log entries that the hooks report now."""
         if self.made_entries is None:
             return []
         owners = [*self.hooks, self.model]
-        return self.made_entries.names([*owners, None] if self.may_reject() else owners)
+        owners += [None] if self.may_reject() else []
+        return self.made_entries.names(owners, validation)
 
     def logged(self) -> dict[str, tf.Tensor]:
         """Returns the log entries so far."""

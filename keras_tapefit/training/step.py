@@ -19,6 +19,7 @@ from keras_tapefit.update.compiled import update_compiled
 from keras_tapefit.update.records import StepRecord
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, accumulate, close, log, update
+from keras_tapefit.update.window import Window
 
 
 class Step:
@@ -209,19 +210,19 @@ def open_step(runtime: Runtime) -> CustomStep | None:
 
 def close_windows(runtime: Runtime) -> None:
     """Makes an update of the steps that are left over at the end of an epoch."""
-    model = runtime.model
     for optimizer, window in runtime.open_windows():
-        if not window.leftover_steps():
-            continue
-        calls = window.known_calls()
         # What is frozen by now keeps its value.
         variables = window.trained(runtime.candidates())
-
-        def make_updates() -> None:
-            for number, call in enumerate(calls):
-                where = (runtime.entries, runtime.recording.records)
-                first = number == 0
-                close(window, call, first, False, variables, optimizer, runtime.hooks, *where)
-
+        calls = window.known_calls()
         key = id(window), window.structure(), tuple(map(id, variables))
-        runtime.run_once(key, make_updates)
+        runtime.run_once(
+            key, functools.partial(_close_all, runtime, window, calls, variables, optimizer)
+        )
+
+
+def _close_all(
+    runtime: Runtime, window: Window, calls: list[int], variables: list[Any], optimizer: Any
+) -> None:
+    where = (runtime.entries, runtime.recording.records)
+    for number, call in enumerate(calls):
+        close(window, call, number == 0, False, variables, optimizer, runtime.hooks, *where)

@@ -239,13 +239,13 @@ class TapeTrainer:
         if not runtime.evaluating:
             close_windows(runtime)
         # Keras reads the epoch's metrics where the step's logs have their names only.
-        names = runtime.entry_names()
+        names = runtime.entry_names(validation=runtime.evaluating)
         if not isinstance(logs, dict) or not names:
             return super()._get_metrics_result_or_logs(logs)
         own = {name: value for name, value in logs.items() if name not in names}
         results = super()._get_metrics_result_or_logs(own)
         if runtime.evaluating:
-            return {**results, **{n: v for n, v in runtime.logged().items() if n in logs}}
+            return {**results, **runtime.entries.results(names)}
         return {**_of_counted_steps(results, runtime), **runtime.logged()}
 
     @property

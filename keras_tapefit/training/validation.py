@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Batch, Forward
@@ -43,5 +41,5 @@ def watch(
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
     step = Step(index=objective.steps())
     runtime.hooks.validate(gradients, step)
-    runtime.entries.add(step.reports, None)
+    runtime.entries.add(step.reports, None, validation=True)
     return runtime.entries.results([report.name for report in step.reports])

@@ -52,12 +52,12 @@ class Window:
             for _ in self._leaves
         ]
         self._sums: dict[int, Any] = {}
+        # As the model has them: what an optimizer holds may be what they wrap.
+        self._objects: dict[int, Any] = {}
         for leaf in self._leaves:
             with keras.name_scope(leaf.name, caller=leaf):
                 _make_accumulators(leaf)
-            pairs = zip(
-                optimizers.all_variables(leaf), leaf._accumulated_gradients, strict=True
-            )
+            pairs = zip(optimizers.all_variables(leaf), leaf._accumulated_gradients, strict=True)
             self._sums.update((id(_value(v)), total) for v, total in pairs)
         self._places = {key: place for place, key in enumerate(self._sums)}
         # For each variable the number of the call that gives it gradients, from 1.
@@ -76,6 +76,19 @@ class Window:
         found.update((f"weight.{call}.{q}", v) for (call, q), v in self._weights.items())
         found.update((f"sum.{q}.{self._places[key]}", v) for (q, key), v in self._further.items())
         return found
+
+    def trained(self, candidates: Sequence[Any]) -> list[Any]:
+        """Returns the variables that the window may have gradients of and that are trained.
+
+        Args:
+            candidates: the model's variables; those of steps are known besides.
+        """
+        for variable in candidates:
+            place = self._places.get(id(_value(variable)))
+            if place is not None:
+                self._objects.setdefault(place, variable)
+        variables = [self._objects[place] for place in sorted(self._objects)]
+        return [v for v in variables if getattr(v, "trainable", True)]
 
     def structure(self) -> Any:
         """Returns what of the window decides the traced graph."""
@@ -183,6 +196,7 @@ class Window:
                         "cannot be told apart in one window. Use two optimizers, or "
                         "`micro_batches`."
                     )
+                self._objects.setdefault(place, variable)
                 calls[place] = call + 1
         self._calls.assign(tf.maximum(self._calls.value, calls))
 
