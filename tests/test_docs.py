@@ -235,6 +235,19 @@ def test_names_on_pages_are_there():
                 assert hasattr(rooms[room], name), f"{page.name}: {room}.{name}"
 
 
+def test_headings_of_the_faq_are_messages_of_the_library():
+    page = (DOCS / "faq.md").read_text(encoding="utf-8")
+    part = page.partition("## Messages of this library")[2].partition("\n## ")[0]
+    messages = re.findall(r"^### `(.+)`$", part, re.M)
+    assert len(messages) >= 5
+    sources = [path.read_text("utf-8") for path in (ROOT / "keras_tapefit").rglob("*.py")]
+    # Strings in several lines, as one; names are quoted in messages and not in headings.
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources)).replace("`", "")
+    for message in messages:
+        for piece in re.split(r"'\.\.\.'|\d+", message):
+            assert piece.strip() in source, f"no message says {piece.strip()!r}"
+
+
 def test_readme_lists_every_hook():
     table = (ROOT / "README.md").read_text("utf-8").partition("\n## Hooks\n")[2]
     for name, thing in vars(hooks).items():
