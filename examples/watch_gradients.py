@@ -83,9 +83,15 @@ def train(
 
 
 def save_pictures(history: callbacks.GradientHistory, name: str, folder: Path) -> None:
-    for draw in (plots.gradient_flow, plots.norms, plots.heat_map, plots.trajectory):
-        path = folder / f"{name}_{draw.__name__}.png"
-        draw(history).savefig(path)
+    figures = {
+        "gradient_flow": plots.gradient_flow(history),
+        "norms": plots.norms(history),
+        "heat_map": plots.heat_map(history),
+        "trajectory": plots.trajectory(history, max_lines=5),
+    }
+    for kind, figure in figures.items():
+        path = folder / f"{name}_{kind}.png"
+        figure.savefig(path)
         print(f"saved {path}")
 
 
