@@ -30,7 +30,8 @@ _WIDTH, _DPI = 6.0, 100
 _BEFORE, _AFTER = "0.62", "black"
 _STYLES = ("-", "--", ":", "-.")
 _MAX_LABELS = 40
-_ZERO, _UNKNOWN = "0 in every step", "frozen or not finite"
+_ZERO, _MOSTLY_ZERO = "0 in every step", "0 in most steps"
+_UNKNOWN = "frozen or not finite"
 _NOTE = {"va": "center", "fontsize": 8}
 
 
@@ -51,6 +52,7 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no norms of variables.
 
     Example:
@@ -74,9 +76,10 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
         (medians, 0.4, "0.2", "median over steps"),
     ):
         axes.barh(places, np.maximum(values - left, 0), height, left, color=colour, label=label)
-    for place, (value, known) in enumerate(zip(largest, finite, strict=True)):
-        if value == 0:
-            axes.text(left * 1.15, place, _ZERO if len(known) else _UNKNOWN, **_NOTE)
+    for place, median in enumerate(medians):
+        if median == 0:
+            note = _ZERO if largest[place] == 0 else _MOSTLY_ZERO
+            axes.text(left * 1.15, place, note if len(finite[place]) else _UNKNOWN, **_NOTE)
     right = largest.max() if largest.max() > 0 else 10 * left
     axes.set_xlim(left, 10.0 ** np.ceil(np.log10(right) + 0.05))
     _name_rows(axes, names)
@@ -105,6 +108,7 @@ def norms(records: Any, title: str | None = None, ax: Any = None) -> Any:
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
 
     Example:
 
@@ -157,6 +161,7 @@ def trajectory(records: Any, max_lines: int = 12, title: str | None = None, ax: 
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no weights.
 
     Example:
@@ -215,6 +220,7 @@ def heat_map(records: Any, title: str | None = None, ax: Any = None) -> Any:
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no norms of variables.
 
     Example:
@@ -260,12 +266,18 @@ def heat_map(records: Any, title: str | None = None, ax: Any = None) -> Any:
 
 def _axes(ax: Any, height: float) -> tuple[Any, Any]:
     """Returns a figure and the axes in it to draw on: the caller's, or new ones."""
-    if ax is not None:
-        return ax.figure, ax
     try:
+        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("`plots` needs matplotlib: `pip install matplotlib`.") from error
+    if isinstance(ax, Axes):
+        return ax.figure, ax
+    if ax is not None:
+        raise TypeError(
+            "`ax` must be one `matplotlib.axes.Axes`, such as one of those that "
+            f"`pyplot.subplots` returns, or None. Received: ax of type {type(ax).__name__}."
+        )
     # Not pyplot's: nothing is shown or kept alive behind the caller's back.
     figure: Any = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     # How a notebook shows an object. Matplotlib knows only pyplot's figures there.
@@ -300,7 +312,7 @@ def _show(figure: Any) -> None:
 
 def _set_title(axes: Any, title: str | None, pad: float = 8) -> None:
     if title is not None:
-        axes.set_title(title, loc="left", fontsize=11, pad=pad)
+        axes.set_title(title, loc="left", fontsize=11, pad=pad, wrap=True)
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -121,6 +121,10 @@ def test_gradient_flow(records):
     assert [text.get_text() for text in axes.texts] == ["frozen or not finite"]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["largest over steps", "median over steps"]
+    # A layer that died after the first steps, with gradients far below those of others.
+    died = {name: np.where(np.arange(NUM_STEPS) < 5, 1e-9, 0.0) for name in frozen}
+    axes = plots.gradient_flow({**records, **died}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0 in most steps"]
 
 
 def test_norms(records):
@@ -267,6 +271,8 @@ def test_title_and_axes_of_the_caller(draw, records):
     assert right.get_title(loc="left") == "right"
     assert right.get_xlabel() == plain.axes[0].get_xlabel()
     assert right.get_ylabel() == plain.axes[0].get_ylabel()
+    with pytest.raises(TypeError, match="`ax` must be one .* Received: ax of type ndarray"):
+        draw(records, ax=np.array([left, right]))
 
 
 def test_tick_labels_are_plain(records):
