@@ -312,7 +312,7 @@ def _show(figure: Any) -> None:
 
 def _set_title(axes: Any, title: str | None, pad: float = 8) -> None:
     if title is not None:
-        axes.set_title(title, loc="left", fontsize=11, pad=pad, wrap=True)
+        axes.set_title(title, loc="left", fontsize=11, pad=pad)
 
 
 def _plain_ticks(axis: Any) -> None:
