@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import keras_tapefit  # noqa: E402
 
+# Its own name is that of Keras's class; the page has the one it is exported under.
+keras_tapefit.TapeSequential.__name__ = "TapeSequential"
+
 project = "keras-tapefit"
 author = "The keras-tapefit authors"
 copyright = author
