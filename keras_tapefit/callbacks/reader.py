@@ -108,12 +108,11 @@ class RecordReader(keras.callbacks.Callback):
             return
         # After all callbacks have begun: one of them may have restored the model.
         runtime = runtime_of(self.model)
-        optimizer = self.model.optimizer
         runtime.prepare()
         recording = runtime.recording
         if recording.records is None:
             return
-        recording.begin(int(optimizer.iterations.numpy()))
+        recording.begin(runtime.steps_so_far())
         self._records, self._num_unread = recording.records, 0
         self._position = recording.records.count()
         self.begin(recording.records, self._position)

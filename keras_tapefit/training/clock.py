@@ -33,9 +33,7 @@ class Clock(keras.callbacks.Callback):
         if not runtime.hooks and not self._scheduled:
             return
         counted = any(hook.uses_step_count for hook in runtime.hooks)
-        steps = 0
-        if counted and runtime.training_steps is not None:
-            steps = int(runtime.training_steps.numpy())
+        steps = runtime.steps_so_far() if counted else 0
         wanted: set[int] = set()
         held: set[int] = set()
         for hook in runtime.hooks:

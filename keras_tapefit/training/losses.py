@@ -70,9 +70,7 @@ def quotients(
     """
     if not apart or overrides_compute_loss(model) or model._compile_loss is None:
         return [Quotient(compute(model, batch, y_pred, training), examples)]
-    total, terms = separate(model, batch, y_pred, training)
-    if not terms:
-        return [Quotient(total, examples)]
+    _, terms = separate(model, batch, y_pred, training)
     rest = additional(model)
     kinds = dict.fromkeys([*(term.kind for term in terms), *([EXAMPLES] if rest else [])])
     found = []
@@ -112,16 +110,17 @@ def build(model: Any, batch: Batch) -> None:
 
 
 def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.Tensor, list[Term]]:
-    """Calls `compute_loss`, and listens to the losses that it calls in turn.
+    """Computes the compiled losses, and listens to each of them.
 
     Returns:
-        The loss, and its terms; the logs of the terms are left to the caller.
+        The loss, that of `compute_loss` where the model has its own, and the compiled
+        terms; the logs of the terms are left to the caller.
     """
     compiled = model._compile_loss
     if not compiled.built:
         # Its list of losses is made by the first call, which leaves no other trace.
-        with keras.StatelessScope(collect_losses=True):
-            compute(model, batch, y_pred, training)
+        with keras.StatelessScope():
+            compiled(batch[1], y_pred, batch[2])
     compiled._flat_losses[:] = [
         item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
         for item in compiled._flat_losses
@@ -129,7 +128,10 @@ def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.
     heard = _state.heard = []
     try:
         with _silent(compiled):
-            total = compute(model, batch, y_pred, training)
+            if overrides_compute_loss(model):
+                total = compute(model, batch, y_pred, training)
+            else:
+                total = compiled(batch[1], y_pred, batch[2])
     finally:
         _state.heard = None
     examples = batch_shape(batch[0])

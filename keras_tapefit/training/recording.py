@@ -65,11 +65,11 @@ class Recording:
             self._kept[key] = Records(request, variables, self.counter, key[1])
         self.records, self._structure = self._kept[key], key
 
-    def begin(self, num_updates: int) -> None:
+    def begin(self, num_steps: int) -> None:
         """Counts the steps that were made while nobody asked for records.
 
         Args:
-            num_updates: the number of updates that the optimizer has made.
+            num_steps: the number of steps of training so far.
         """
-        if int(self.counter.numpy()) < num_updates:
-            self.counter.assign(num_updates)
+        if int(self.counter.numpy()) < num_steps:
+            self.counter.assign(num_steps)

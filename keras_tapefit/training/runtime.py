@@ -136,7 +136,7 @@ class Runtime:
                 self.hooks.prepare(variables, self.unit, self._owner)
             if self.hooks or self.has_window:
                 self._make_entries()
-            if any(hook.uses_step_count for hook in self.hooks):
+            if self.has_window or any(hook.uses_step_count for hook in self.hooks):
                 self._make_step_count()
             self.recording.prepare(variables, self.model.steps_per_execution)
             self.state.restore_pending()
@@ -275,6 +275,13 @@ class Runtime:
                 aggregation="none",
                 name="training_steps",
             )
+
+    def steps_so_far(self) -> int:
+        """Returns the number of steps of training; waits for the device."""
+        if self.training_steps is not None:
+            return int(self.training_steps.numpy())
+        optimizer = self.optimizer
+        return int(optimizer.iterations.numpy()) if optimizer is not None else 0
 
     def count_step(self, accepted: tf.Tensor | None) -> None:
         """Counts a step of training, for hooks that go by it; a rejected one never was."""

@@ -17,7 +17,7 @@ from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import replicas
 from keras_tapefit.update.compiled import update_compiled
 from keras_tapefit.update.records import StepRecord
-from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.rollback import Rollback, undoing_updates
 from keras_tapefit.update.update import Outcome, accumulate, close, log, update
 from keras_tapefit.update.window import Window
 
@@ -40,7 +40,8 @@ class Step:
         self._rollbacks: list[Rollback] = []
         if self._rejects:
             self._put_aside(runtime.state.undone_variables(everything))
-        self._calls: dict[int, int] = {}
+        # By window how often its optimizer was called, and the steps in it before.
+        self._calls: dict[int, tuple[int, tf.Tensor]] = {}
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
         self._loss: Any = None
@@ -64,7 +65,8 @@ class Step:
             self._put_aside(list(optimizer.variables))
         self.updated = True
         self._loss = computed.loss
-        outcome = self._outcome(computed, optimizer, scaled)
+        with undoing_updates(bool(self.runtime.model.jit_compile)):
+            outcome = self._outcome(computed, optimizer, scaled)
         self._reports.extend(outcome.reports)
         if outcome.accepted is not None:
             before = self._accepted
@@ -81,12 +83,12 @@ class Step:
             make = update_compiled if runtime.jit_compile == "update" else update
             outcome = make(gradients, optimizer, hooks, scaled, computed.loss, norms, watch)
         else:
-            call = self._calls.get(id(window), 0)
-            self._calls[id(window)] = call + 1
+            call, steps = self._calls.get(id(window)) or (0, window.begin_step())
+            self._calls[id(window)] = (call + 1, steps)
             outcome = accumulate(
                 computed,
                 call,
-                call == 0,
+                steps,
                 optimizer,
                 hooks,
                 scaled,
@@ -224,5 +226,5 @@ def _close_all(
     runtime: Runtime, window: Window, calls: list[int], variables: list[Any], optimizer: Any
 ) -> None:
     where = (runtime.entries, runtime.recording.records)
-    for number, call in enumerate(calls):
-        close(window, call, number == 0, False, variables, optimizer, runtime.hooks, *where)
+    for call in calls:
+        close(window, call, False, variables, optimizer, runtime.hooks, *where)

@@ -10,6 +10,7 @@ from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.norms import in_xla
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import Report
+from keras_tapefit.update.rollback import undoing_updates
 from keras_tapefit.update.update import Outcome, update
 from keras_tapefit.update.watch import Watch
 
@@ -43,7 +44,7 @@ def update_compiled(
         for position, value in zip(present, values, strict=True):
             padded[position] = value
         pairs = zip(padded, variables, strict=True)
-        with in_xla():
+        with in_xla(), undoing_updates(True):
             outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, norms, watch)
         made.append(outcome)
         reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.reports]

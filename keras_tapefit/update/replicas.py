@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
@@ -47,10 +46,7 @@ def all_true(value: tf.Tensor) -> tf.Tensor:
 
 
 def when(
-    predicate: tf.Tensor,
-    fn: Callable[[Sequence[Any]], None],
-    arguments: Sequence[Any],
-    of_one_cpu: bool = False,
+    predicate: tf.Tensor, fn: Callable[[Sequence[Any]], None], arguments: Sequence[Any]
 ) -> None:
     """Calls `fn(arguments)` where `predicate` is true, in a branch.
 
@@ -58,15 +54,9 @@ def when(
         predicate: scalar bool, the same on every replica.
         fn: updates variables; it may synchronise replicas, as optimizers do.
         arguments: tensors or `tf.IndexedSlices`, those of this replica.
-        of_one_cpu: whether all variables that `fn` uses are on one CPU. The branch can
-            then be a function, which TensorFlow makes ready in far less time than a
-            branch that is taken apart.
     """
     if not in_strategy():
-        if of_one_cpu and not tf.executing_eagerly():
-            _call_when(predicate, lambda: fn(arguments))
-        else:
-            tf.cond(predicate, _and_zero(lambda: fn(arguments)), lambda: tf.constant(0))
+        tf.cond(predicate, _and_zero(lambda: fn(arguments)), lambda: tf.constant(0))
         return
 
     def across(strategy: Any, predicates: Any, arguments: Any) -> None:
@@ -86,27 +76,3 @@ def _and_zero(call: Callable[[], Any]) -> Callable[[], tf.Tensor]:
         return tf.constant(0)
 
     return branch
-
-
-def _call_when(predicate: tf.Tensor, call: Callable[[], Any]) -> None:
-    """Does what `tf.cond` does; each branch stays a function."""
-    taken = tf.function(_and_zero(call), autograph=False).get_concrete_function()
-    inputs = taken.captured_inputs
-    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
-    idle = tf.function(lambda *given: tf.constant(0), autograph=False)
-    tf.raw_ops.If(
-        cond=predicate,
-        input=inputs,
-        Tout=[tf.int32],
-        then_branch=taken,
-        else_branch=idle.get_concrete_function(*specs),
-    )
-
-
-def on_one_cpu(variables: Sequence[Any]) -> bool:
-    """Returns whether variables are on one device, a CPU, and no other kind is there."""
-    kinds = {device.device_type for device in tf.config.list_logical_devices()}
-    if tf.distribute.has_strategy() or kinds != {"CPU"}:
-        return False
-    values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-    return len({value.device for value in values}) == 1

@@ -17,7 +17,7 @@ from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.hooks.step import Parts, Report, Step
 from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.records import Records
-from keras_tapefit.update.rollback import Rollback
+from keras_tapefit.update.rollback import Rollback, undoes_updates
 from keras_tapefit.update.watch import Seen, Watch
 from keras_tapefit.update.window import Window
 
@@ -133,7 +133,7 @@ def _apply_watched(optimizer: Any, gradients: Gradients, scale: Any, watch: Watc
 def accumulate(
     computed: Computed,
     call: int,
-    first: bool,
+    steps: tf.Tensor,
     optimizer: Any,
     hooks: HookList,
     scaled: bool,
@@ -146,8 +146,8 @@ def accumulate(
 
     Args:
         computed: what is known of the batch, of this replica.
-        call: the number of the call of the optimizer in this step.
-        first: whether it is the first one of this optimizer.
+        call: the number of the call of the optimizer in this step, from 0.
+        steps: the number of steps in the window before this one.
         optimizer: a built Keras optimizer.
         hooks: built hooks; they receive the mean of the window.
         scaled: whether the gradients are those of the loss times the loss scale.
@@ -176,14 +176,14 @@ def accumulate(
         factor = 1.0 / tf.cast(scale, tf.float32)
         gradients = gradients.scale(factor)
         quotients = [replace(q, gradients=q.gradients.scale(factor)) for q in quotients]
-    full = window.add(call, quotients, finite, computed.examples, computed.all_examples)
+    full = window.add(call, quotients, finite, computed.examples, computed.all_examples, steps)
     if finite is not None:
         full &= finite
     if watch is not None:
         watch.given(replicas.all_reduce(gradients))
 
     def close_window(_: Any) -> None:
-        close(window, call, first, True, gradients.variables, optimizer, hooks, entries, records)
+        close(window, call, True, gradients.variables, optimizer, hooks, entries, records)
 
     replicas.when(full, close_window, [])
     if dynamic:
@@ -192,7 +192,7 @@ def accumulate(
         apply = _applying(optimizer, gradients.variables, places)
 
         def halve_scale(values: Sequence[Any]) -> None:
-            with window.counting_updates(first, False):
+            with window.counting_updates(call == 0, False):
                 apply(values)
 
         replicas.when(~finite, halve_scale, overflow)
@@ -202,7 +202,6 @@ def accumulate(
 def close(
     window: Window,
     call: int,
-    first: bool,
     full: bool,
     variables: Sequence[Any],
     optimizer: Any,
@@ -214,13 +213,12 @@ def close(
 
     Args:
         window: the window.
-        call: the number of the call of the optimizer in a step.
-        first: whether it is the first one of this optimizer.
+        call: the number of the call of the optimizer in a step, from 0.
         full: whether the window is; not at the end of an epoch, with steps left over.
         variables: those being trained now.
         optimizer, hooks, entries, records: as in `accumulate`.
     """
-    with window.counting_updates(first, full):
+    with window.counting_updates(call == 0, full):
         mean, loss = window.mean(call, variables)
         rollback = Rollback(hooks.undone_variables()) if may_reject(optimizer, hooks) else None
         norms = window.norms(call, mean) if hooks.uses_parts else None
@@ -304,9 +302,12 @@ def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> 
     values = [gradients.values()[i] for i in present]
     if admitted is None:
         apply(values)
+    elif undoes_updates():
+        rollback = Rollback([*optimizer.variables, *gradients.variables])
+        apply(values)
+        rollback.restore_unless(admitted)
     else:
-        used = [*optimizer.variables, *gradients.variables]
-        replicas.when(admitted, apply, values, replicas.on_one_cpu(used))
+        replicas.when(admitted, apply, values)
 
 
 def _applying(

@@ -104,6 +104,11 @@ class Window:
                 key = list(self._places)[int(numbers[1])]
                 self._total(int(numbers[0]), key, self._sums[key])
 
+    def begin_step(self) -> tf.Tensor:
+        """Returns the number of steps in the window so far; asked once a step."""
+        steps = tf.convert_to_tensor(leaf_iterations(self._leaves[0]).value)
+        return tf.cast(steps, tf.int64) % self.num_steps
+
     def add(
         self,
         call: int,
@@ -111,6 +116,7 @@ class Window:
         accepted: tf.Tensor | None,
         examples: tf.Tensor,
         all_examples: tf.Tensor,
+        steps: tf.Tensor,
     ) -> tf.Tensor:
         """Adds the gradients of one call in one step.
 
@@ -120,6 +126,7 @@ class Window:
             accepted: scalar bool; a rejected step never happened. `None`: accepted.
             examples: the number of this replica's examples.
             all_examples: the number of those of all replicas.
+            steps: as `begin_step` gave it.
 
         Returns:
             Whether the window is full now, a scalar bool.
@@ -127,7 +134,6 @@ class Window:
         Raises:
             ValueError: when two calls in a step are for the same variable.
         """
-        steps = self._open_steps()
         self._note(call, quotients)
         seen = tf.stack([examples, all_examples])
         for place, quotient in enumerate(quotients):
@@ -138,10 +144,6 @@ class Window:
                 count = leaf_iterations(leaf)
                 count.assign_add(tf.cast(counted, count.dtype))
         return steps + counted >= self.num_steps
-
-    def _open_steps(self) -> tf.Tensor:
-        steps = tf.convert_to_tensor(leaf_iterations(self._leaves[0]).value)
-        return tf.cast(steps, tf.int64) % self.num_steps
 
     def _add(
         self,

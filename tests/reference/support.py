@@ -86,7 +86,9 @@ def check_parts(
     found, logs = train(make, data, batch_size, parts, **options)
     expected, right = train(make, data, batch_size, kind=keras.Model, **options)
     assert_near(found, expected)
-    assert_same_logs(logs, right)
+    if PARTS[parts][1] == 1:
+        # While gradients accumulate, each step logs the loss of its own batch.
+        assert_same_logs(logs, right)
 
 
 def weights(model: Any) -> np.ndarray:
