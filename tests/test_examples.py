@@ -273,8 +273,8 @@ def test_distributed_says_why_a_worker_failed(run, capsys, monkeypatch, tmp_path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_tune(run, tmp_path):
-    output = tmp_path / "best.keras"
-    _, lines = run("tune", "--max-trials", "4", "--epochs", "2", "--output", str(output))
+    options = ("--max-trials", "4", "--epochs", "2", "--output-dir", str(tmp_path))
+    _, lines = run("tune", *options)
 
     trials = matches(rf"^ *(\d) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", lines)
     assert {trial[1] for trial in trials} == set("0123")
@@ -283,4 +283,4 @@ def test_tune(run, tmp_path):
     assert "traced: 1 of 4 trials" in lines
     (accuracy,) = matches(f"best model, saved and loaded: {NUMBER}", lines)
     assert float(accuracy[1]) > 0.5
-    assert output.exists()
+    assert (tmp_path / "best.keras").exists()
