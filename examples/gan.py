@@ -1,9 +1,9 @@
 """Train a generator against a critic on small images of digits (WGAN-GP).
 
-One model, two networks, two optimizers. The step is the model's own: it computes each
-loss under `model.gradient_tape()` and hands it to `tape.minimize`, with the variables and
-the optimizer it is for. Gradient hooks tell the networks apart by their targets, and the
-gradient penalty is a gradient of a gradient: an ordinary tape inside the model's tape.
+One model, two networks, two optimizers. The custom `train_step` computes each loss under
+`model.gradient_tape()` and passes it to `tape.minimize`, with its variables and its
+optimizer. The targets of the hooks select one network or the other, and the gradient
+penalty is a gradient of a gradient: an ordinary tape inside the model's tape.
 Half of the training is saved, loaded into a new model and continued there.
 
     python examples/gan.py --output-dir .
@@ -15,6 +15,21 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+PARSER = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
+PARSER.add_argument("--epochs", type=int, default=200, help="epochs in both halves together")
+PARSER.add_argument(
+    "--output-dir",
+    type=Path,
+    help="where the picture and the model are kept; None: a temporary folder",
+)
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    PARSER.parse_args()
+    print("Trains a generator of digits; ten lines will show how it goes.", flush=True)
 
 import keras
 import numpy as np
@@ -138,7 +153,7 @@ def train(model: WGAN, images: np.ndarray, first_epoch: int, last_epoch: int, ev
     def show(epoch, logs):
         if (epoch + 1) % every == 0 or epoch + 1 == last_epoch:
             numbers = "  ".join(f"{name} {logs[name]:8.4f}" for name in sorted(logs))
-            print(f"epoch {epoch + 1:3d}  {numbers}")
+            print(f"epoch {epoch + 1:3d}  {numbers}", flush=True)
 
     model.fit(
         images,
@@ -163,15 +178,7 @@ def draw(images: np.ndarray, generated: np.ndarray) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=None,
-        help="where to keep the picture and the model (default: a temporary folder)",
-    )
-    args = parser.parse_args(argv)
+    args = PARSER.parse_args(argv)
     output_dir = args.output_dir or Path(tempfile.mkdtemp(prefix="gan_"))
     output_dir.mkdir(parents=True, exist_ok=True)
 

@@ -1,8 +1,8 @@
 """Look at gradients: of single examples, by variable path, and inside a hook.
 
-`compute_gradients` gives the gradients that the hooks of a training step would get,
-and changes nothing in the model. A plain function can be registered as a hook; the
-handle that comes back removes it.
+`compute_gradients` returns the gradients that the first hook of a training step would
+receive, and changes nothing in the model. A plain function can be registered as a hook;
+the handle that comes back removes it.
 
     python examples/inspect_gradients.py
 """
@@ -11,6 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+
+PARSER = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
+PARSER.add_argument("--examples", type=int, default=10, help="how many images to look at")
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    PARSER.parse_args()
+    print("Prints the norms of gradients, image by image.", flush=True)
 
 import keras
 import numpy as np
@@ -32,9 +42,7 @@ def make_model() -> TapeModel:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=10)
-    args = parser.parse_args(argv)
+    args = PARSER.parse_args(argv)
 
     keras.utils.set_random_seed(0)
     digits = load_digits()

@@ -15,6 +15,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+PARSER = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
+PARSER.add_argument("--epochs", type=int, default=20, help="steps of both trainings")
+PARSER.add_argument("--learning-rate", type=float, default=0.1, help="of gradient descent")
+PARSER.add_argument(
+    "--output-dir",
+    type=Path,
+    help="where the plot and the weights are kept; None: a temporary folder",
+)
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    PARSER.parse_args()
+    print("Fits a line by hand, then by `fit`, and compares the numbers.", flush=True)
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -107,16 +123,7 @@ def plot(x: np.ndarray, y: np.ndarray, model: Line, path: list[tuple[float, floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=None,
-        help="where to keep the plot and the weights (default: a temporary folder)",
-    )
-    args = parser.parse_args(argv)
+    args = PARSER.parse_args(argv)
     output_dir = args.output_dir or Path(tempfile.mkdtemp(prefix="linear_regression_"))
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = output_dir / "line.weights.h5"

@@ -14,6 +14,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+PARSER = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
+PARSER.add_argument(
+    "--dataset",
+    choices=["digits", "mnist"],
+    default="digits",
+    help="1797 digits that come with scikit-learn, or MNIST, which is downloaded",
+)
+PARSER.add_argument("--epochs", type=int, default=12, help="the largest number of epochs")
+PARSER.add_argument("--batch-size", type=int, default=32, help="images in a step")
+PARSER.add_argument("--max-norm", type=float, default=1.0, help="where gradients are clipped")
+
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    PARSER.parse_args()
+    print("Trains a small network on digits, with gradients clipped.", flush=True)
+
 import keras
 import numpy as np
 
@@ -51,12 +69,7 @@ def make_model(input_shape: tuple[int, ...]) -> TapeModel:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-norm", type=float, default=1.0)
-    args = parser.parse_args(argv)
+    args = PARSER.parse_args(argv)
 
     keras.utils.set_random_seed(0)
     (x_train, y_train), (x_test, y_test) = load_data(args.dataset)
@@ -79,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=args.epochs,
         validation_split=0.1,
         callbacks=[keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True)],
-        verbose=0,
     ).history
 
     print(f"{len(x_train)} images to train on, {len(x_test)} to test with")

@@ -1,17 +1,24 @@
-"""Pictures of what `GradientHistory` recorded; they need matplotlib.
+"""Figures of what `GradientHistory` recorded; they need matplotlib.
 
 Each function takes a `GradientHistory`, the dictionary of its `to_numpy()`, or a pandas
 frame of a `GradientCSV` file, and returns a `matplotlib.figure.Figure`, 600 pixels wide
-and readable in grey:
+and readable in grey. A notebook shows the figure that a cell ends with:
 
 ```python
-figure = plots.norms(history)
+figure = plots.norms(history, title="Norms")
 figure.savefig("norms.png")
 ```
+
+All of them take:
+
+- `title`: a line above the figure; `None`: none.
+- `ax`: matplotlib axes to draw on, of pyplot for example; `None`: those of a new figure.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,29 +26,33 @@ import numpy as np
 
 __all__ = ["gradient_flow", "heat_map", "norms", "trajectory"]
 
-_UNIT = "[loss / weight]"
 _WIDTH, _DPI = 6.0, 100
 _BEFORE, _AFTER = "0.62", "black"
 _STYLES = ("-", "--", ":", "-.")
 _MAX_LABELS = 40
-_ZERO, _UNKNOWN = "0 in every step", "frozen, or not finite"
+_ZERO, _MOSTLY_ZERO = "0 in every step", "0 in most steps"
+_UNKNOWN = "frozen or not finite"
 _NOTE = {"va": "center", "fontsize": 8}
 
 
-def gradient_flow(records: Any) -> Any:
-    """Draws how large the gradients of each layer are: mean and largest over the steps.
+def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any:
+    """Draws how large the gradients of each layer are: median and largest over the steps.
 
-    Layers go from the first, at the top, to the last. Bars that shrink from one end to
-    the other show vanishing or exploding gradients; a layer without a bar is dead.
+    Layers are listed from the first, at the top, to the last. Bars that shrink from one
+    end to the other show vanishing or exploding gradients; a layer without a bar is dead.
+    The median is not moved by a few large steps, such as the first ones.
 
     Args:
         records: of a training, with norms of each variable.
+        title: a line above the figure.
+        ax: matplotlib axes to draw on; `None`: those of a new figure.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no norms of variables.
 
     Example:
@@ -53,46 +64,51 @@ def gradient_flow(records: Any) -> Any:
     layers = _layer_norms(_arrays(records))
     names = list(layers)
     finite = [values[np.isfinite(values)] for values in layers.values()]
-    means = np.array([values.mean() if len(values) else 0.0 for values in finite])
+    medians = np.array([np.median(values) if len(values) else 0.0 for values in finite])
     largest = np.array([values.max() if len(values) else 0.0 for values in finite])
-    figure, axes = _figure(max(2.4, 1.2 + 0.24 * min(len(names), 100)))
+    figure, axes = _axes(ax, max(2.4, 1.2 + 0.24 * min(len(names), 100)))
     places = np.arange(len(names))
     axes.set_xscale("log")
-    least = means[means > 0].min() if (means > 0).any() else 1.0
-    left = 10.0 ** np.floor(np.log10(least) - 0.5)
+    sizes = medians[medians > 0] if (medians > 0).any() else largest[largest > 0]
+    left = 10.0 ** np.floor(np.log10(sizes.min() if len(sizes) else 1.0) - 0.5)
     for values, height, colour, label in (
         (largest, 0.8, "0.78", "largest over steps"),
-        (means, 0.4, "0.2", "mean over steps"),
+        (medians, 0.4, "0.2", "median over steps"),
     ):
         axes.barh(places, np.maximum(values - left, 0), height, left, color=colour, label=label)
-    for place, (value, known) in enumerate(zip(largest, finite, strict=True)):
-        if value == 0:
-            axes.text(left * 1.15, place, _ZERO if len(known) else _UNKNOWN, **_NOTE)
+    for place, median in enumerate(medians):
+        if median == 0:
+            note = _ZERO if largest[place] == 0 else _MOSTLY_ZERO
+            axes.text(left * 1.15, place, note if len(finite[place]) else _UNKNOWN, **_NOTE)
     right = largest.max() if largest.max() > 0 else 10 * left
     axes.set_xlim(left, 10.0 ** np.ceil(np.log10(right) + 0.05))
     _name_rows(axes, names)
+    _plain_ticks(axes.xaxis)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(f"gradient norm {_UNIT}")
+    axes.set_xlabel("gradient norm")
     axes.set_ylabel("layer, first to last")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    _legend_above(axes)
+    _legend_above(axes, title)
     return figure
 
 
-def norms(records: Any) -> Any:
+def norms(records: Any, title: str | None = None, ax: Any = None) -> Any:
     """Draws the global norm of each step, before and after hooks, skipped steps marked.
 
     Steps with NaN or infinity that were not skipped are marked too.
 
     Args:
         records: of a training.
+        title: a line above the figure.
+        ax: matplotlib axes to draw on; `None`: those of a new figure.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
 
     Example:
 
@@ -105,7 +121,7 @@ def norms(records: Any) -> Any:
     before = _positive(records["gradient_norm"])
     after = _positive(records["gradient_norm_after"])
     skipped = records["skipped"] > 0
-    figure, axes = _figure(3.4)
+    figure, axes = _axes(ax, 3.4)
     axes.set_yscale("log")
     # A point without neighbours is no line.
     marker = "." if len(steps) < 100 else ""
@@ -113,7 +129,7 @@ def norms(records: Any) -> Any:
     known = np.isfinite(after)
     after, at = after[known], steps[known]
     axes.plot(at, after, marker=marker, color=_AFTER, linewidth=1.0, label="after hooks")
-    # At the foot of the picture, for their norms may be NaN.
+    # At the foot of the figure, because their norms may be NaN.
     lost = ~skipped & ~np.isfinite(records["gradient_norm"])
     for flags, mark, label in ((skipped, "x", "skipped step"), (lost, "|", "NaN or infinite")):
         if flags.any():
@@ -122,26 +138,30 @@ def norms(records: Any) -> Any:
             axes.plot(steps[flags], foot, mark, transform=axes.get_xaxis_transform(), **options)
     axes.set_xlim(steps[0] - 0.02 * len(steps), steps[-1] + 0.02 * len(steps))
     _name_steps(axes)
-    axes.set_ylabel(f"global gradient norm {_UNIT}")
+    _plain_ticks(axes.yaxis)
+    axes.set_ylabel("global gradient norm")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    _legend_above(axes)
+    _legend_above(axes, title)
     return figure
 
 
-def trajectory(records: Any, max_lines: int = 12) -> Any:
+def trajectory(records: Any, max_lines: int = 12, title: str | None = None, ax: Any = None) -> Any:
     """Draws how weights move over the steps.
 
     Args:
         records: of a training by `GradientHistory(weights=...)`.
         max_lines: the largest number of weights that are drawn; of more, as many evenly
             spaced ones.
+        title: a line above the figure.
+        ax: matplotlib axes to draw on; `None`: those of a new figure.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no weights.
 
     Example:
@@ -160,7 +180,7 @@ def trajectory(records: Any, max_lines: int = 12) -> Any:
         )
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_lines, len(paths))).astype(int))
     steps = records["step"]
-    figure, axes = _figure(3.4)
+    figure, axes = _axes(ax, 3.4)
     for number, index in enumerate(chosen):
         shade = 0.6 * (number // len(_STYLES)) / max(1, (len(chosen) - 1) // len(_STYLES))
         axes.plot(
@@ -175,24 +195,32 @@ def trajectory(records: Any, max_lines: int = 12) -> Any:
     axes.set_ylabel("weight after the step")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if ax is None:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    else:
+        # Beside axes of the caller there may be no room.
+        axes.legend(fontsize=8)
+    _set_title(axes, title)
     return figure
 
 
-def heat_map(records: Any) -> Any:
-    """Draws the gradient norm of each layer in each step as a shade.
+def heat_map(records: Any, title: str | None = None, ax: Any = None) -> Any:
+    """Draws the gradient norm of each layer in each step as a shade: dark is small.
 
-    White is a gradient of exactly 0; crossed out is a layer that was frozen, or whose
+    Black is a gradient of exactly 0; crossed out is a layer that was frozen, or whose
     gradient was not finite.
 
     Args:
         records: of a training, with norms of each variable.
+        title: a line above the figure.
+        ax: matplotlib axes to draw on; `None`: those of a new figure.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: when `ax` is something else than axes.
         ValueError: when the records hold no norms of variables.
 
     Example:
@@ -205,17 +233,22 @@ def heat_map(records: Any) -> Any:
     layers = _layer_norms(records)
     steps = records["step"]
     table = np.stack(list(layers.values()))
-    figure, axes = _figure(max(2.4, 1.2 + 0.22 * min(len(layers), 100)))
-    with np.errstate(divide="ignore"):
-        shades = np.ma.masked_invalid(np.log10(table))
+    figure, axes = _axes(ax, max(2.4, 1.2 + 0.22 * min(len(layers), 100)))
+    shown = np.ma.masked_where(~np.isfinite(table) | (table == 0), table)
     edges = [steps[0] - 0.5, steps[-1] + 0.5, len(layers) - 0.5, -0.5]
-    axes.set_facecolor("white")
-    # Light is small: dark stands out on white, in grey too.
-    options = {"cmap": "viridis_r", "aspect": "auto", "interpolation": "nearest"}
-    image = axes.imshow(shades, extent=edges, **options)
+    axes.set_facecolor("black")
+    image = axes.imshow(
+        shown,
+        # Of nothing but zeros there is no range.
+        norm="log" if shown.count() else None,
+        extent=edges,
+        cmap="viridis",
+        aspect="auto",
+        interpolation="nearest",
+    )
     for place, row in enumerate(table):
         if (row == 0).all():
-            axes.text(steps[0], place, _ZERO, **_NOTE)
+            axes.text(steps[0], place, _ZERO, color="white", **_NOTE)
         runs = _runs(~np.isfinite(row), steps)
         if runs:
             axes.broken_barh(
@@ -224,22 +257,83 @@ def heat_map(records: Any) -> Any:
     _name_rows(axes, list(layers))
     _name_steps(axes)
     axes.set_ylabel("layer, first to last")
+    _set_title(axes, title)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label(f"log10 of gradient norm\n{_UNIT}", fontsize=9)
+    bar.set_label("gradient norm (dark is small)", fontsize=9)
+    _plain_ticks(bar.ax.yaxis)
     return figure
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _axes(ax: Any, height: float) -> tuple[Any, Any]:
+    """Returns a figure and the axes in it to draw on: the caller's, or new ones."""
     try:
+        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("`plots` needs matplotlib: `pip install matplotlib`.") from error
+    if isinstance(ax, Axes):
+        return ax.figure, ax
+    if ax is not None:
+        raise TypeError(
+            "`ax` must be one `matplotlib.axes.Axes`, such as one of those that "
+            f"`pyplot.subplots` returns, or None. Received: ax of type {type(ax).__name__}."
+        )
     # Not pyplot's: nothing is shown or kept alive behind the caller's back.
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    figure: Any = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    # How a notebook shows an object. Matplotlib knows only pyplot's figures there.
+    figure._repr_png_ = functools.partial(_png, figure)
+    figure.show = functools.partial(_show, figure)
     return figure, figure.add_subplot()
 
 
-def _legend_above(axes: Any) -> None:
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _show(figure: Any) -> None:
+    """Shows a figure in a notebook, and says elsewhere what does."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        shell = None
+    else:
+        shell = get_ipython()
+    if shell is None:
+        raise RuntimeError(
+            "`figure.show()` works in notebooks. Save the figure with "
+            '`figure.savefig("figure.png")`, or draw on axes of pyplot: '
+            "`_, ax = pyplot.subplots()`, `plots.norms(history, ax=ax)`, `pyplot.show()`."
+        )
+    display(figure)
+
+
+def _set_title(axes: Any, title: str | None, pad: float = 8) -> None:
+    if title is not None:
+        axes.set_title(title, loc="left", fontsize=11, pad=pad)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Writes 0.01 and 1e-6 instead of powers of ten; 2 and 5 too in less than two decades."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_formatter(_plain)
+    least, largest = axis.get_view_interval()
+    if 0 < least and largest < 100 * least:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_minor_formatter(_plain)
+    else:
+        axis.set_minor_formatter("")
+
+
+def _plain(value: float, position: int) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def _legend_above(axes: Any, title: str | None) -> None:
+    _set_title(axes, title, pad=27)
     axes.legend(fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
 
 

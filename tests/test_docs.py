@@ -1,4 +1,4 @@
-"""Runs the Python in README.md and docs/, and compares what it prints.
+"""Runs the Python in README.md and docs/, and holds what the pages say to the code.
 
 The ```python blocks of a page run in order and share one namespace. Where a ```text
 block follows a ```python block, it must hold exactly what that block printed. All pages
@@ -7,6 +7,9 @@ run in this process, because importing TensorFlow takes seconds.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import json
 import re
 import sys
 import types
@@ -16,15 +19,34 @@ from pathlib import Path
 import keras
 import pytest
 
+import keras_tapefit
+from keras_tapefit import backward, callbacks, hooks, plots, tuning
+
 ROOT = Path(__file__).parent.parent
-# Pages that a command writes hold tables only.
-PAGES = [
-    page
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if "```python" in page.read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+NOTEBOOK = ROOT / "examples" / "tour.ipynb"
+ALL_PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted(DOCS.rglob("*.md")),
 ]
+# Pages that a command writes hold tables only, and those of docs/api docstrings.
+PAGES = [page for page in ALL_PAGES if re.search("^```python", page.read_text("utf-8"), re.M)]
 # These train for longer than the others.
-SLOW = ("fine_tune_and_freeze", "see_the_gradients", "several_machines", "tune")
+SLOW = (
+    "fine_tune_and_freeze",
+    "save_and_deploy",
+    "see_the_gradients",
+    "several_machines",
+    "tour",
+    "tune",
+)
+# What a block needs besides the dependencies: a package, and what shows that.
+NEEDS = {
+    "scikit-learn": r"^ *(from|import) sklearn\b",
+    "matplotlib": r"\bplots\.\w+\(|^ *(from|import) matplotlib\b",
+    "tensorboard": r"\bTensorBoard\(|GradientTensorBoard\(|\.search\(|import tensorboard\b",
+    "pandas": r"\.to_pandas\(|^ *(from|import) pandas\b",
+}
 
 
 @dataclass
@@ -34,27 +56,38 @@ class Block:
     expected: str | None
 
 
-def python_blocks(page: Path) -> list[Block]:
-    """Returns the ```python blocks of a page, each with the output it promises."""
+def blocks_of(page: Path, language: str = "python") -> list[Block]:
+    """Returns the blocks of a page in a language, each with the output it promises."""
     blocks: list[Block] = []
-    language, begin, body = None, 0, []
-    joins = False  # whether only blank lines came since the last ```python block
+    kind, begin, body = None, 0, []
+    joins = False  # whether only blank lines came since the last block in that language
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-        if language is not None:
+        if kind is not None:
             if line != "```":
                 body.append(line)
                 continue
-            if language == "python":
+            if kind == language:
                 blocks.append(Block(begin + 1, "\n".join(body), None))
-            elif language == "text" and joins:
+            elif kind == "text" and joins:
                 blocks[-1].expected = "\n".join(body)
-            joins = language == "python"
-            language = None
-        elif match := re.fullmatch(r"```(\w*)", line):
-            language, begin, body = match[1], number, []
+            joins = kind == language
+            kind = None
+        elif match := re.fullmatch(r"```(\S*)", line):
+            kind, begin, body = match[1], number, []
         elif line.strip():
             joins = False
-    assert language is None, f"{page.name}: the block of line {begin} has no end"
+    assert kind is None, f"{page.name}: the block of line {begin} has no end"
+    return blocks
+
+
+def cells_of(notebook: Path) -> list[Block]:
+    """Returns the code of a notebook, the lines counted as if it were one file."""
+    blocks, line = [], 1
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None
+            blocks.append(Block(line, "".join(cell["source"]), None))
+            line += len(cell["source"])
     return blocks
 
 
@@ -62,14 +95,16 @@ def python_blocks(page: Path) -> list[Block]:
     "page",
     [
         pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else [], id=page.stem)
-        for page in PAGES
+        for page in [*PAGES, NOTEBOOK]
     ],
 )
 def test_page_runs(page, tmp_path, monkeypatch, capsys):
-    blocks = python_blocks(page)
+    blocks = cells_of(page) if page == NOTEBOOK else blocks_of(page)
     assert blocks, f"{page.name} has no Python block"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    # For programs that a page starts.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
 
@@ -95,17 +130,152 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
     keras.utils.clear_session()
 
 
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::Warning")  # of other libraries, about each other
+@pytest.mark.parametrize("library", ["lightning", "torch", "optax"])
+def test_snippets_of_other_libraries(library, capsys, tmp_path, monkeypatch):
+    """They print what the block beside them prints."""
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    found = [b for b in blocks_of(DOCS / "migrate.md", "py") if f"import {library}\n" in b.code]
+    if library == "torch":
+        found = [block for block in found if "lightning" not in block.code]
+    (block,) = found
+    exec(compile(block.code, library, "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == block.expected
+
+
+def test_the_notebook_is_that_of_the_tutorial():
+    path = DOCS / "make_notebook.py"
+    spec = importlib.util.spec_from_file_location("make_notebook", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.notebook()
+    assert NOTEBOOK.read_text("utf-8") == made, "run `python docs/make_notebook.py`"
+    code = [block.code for block in blocks_of(DOCS / "tutorial.md")]
+    assert [block.code for block in cells_of(NOTEBOOK)] == code
+
+
 def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not link.startswith(("http://", "https://")):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in ALL_PAGES:
+        text = page.read_text(encoding="utf-8")
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+            if link.startswith(("http://", "https://")):
+                continue
+            there = page.parent / link if link else page
+            assert there.exists(), f"{page.name}: {link}"
+            if anchor:
+                assert anchor in anchors_of(there), f"{page.name}: {link}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Returns the names of headings, made as GitHub and MyST make them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def extras() -> dict[str, set[str]]:
+    """Returns the packages that each extra brings."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return {
+        name: set(re.findall(r'"([\w-]+)', packages))
+        for name, packages in re.findall(r"^(\w+) = \[(.*?)\]", table, re.M | re.S)
+    }
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in ("README.md", "api.md")],
+    ids=lambda p: p.stem,
+)
+def test_a_page_says_which_extra_it_needs(page):
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join(block.code for block in blocks_of(page))
+    needed = {package for package, sign in NEEDS.items() if re.search(sign, code, re.M)}
+    said = re.search(r"need (no extra|the extras? (`\w+`(?:(?:,| and) `\w+`)*))", text)
+    assert said, f"{page.name} does not say which extra its blocks need"
+    assert said.start() < text.index("```python"), "before the first block"
+    names = re.findall(r"`(\w+)`", said[2] or "")
+    brought = set().union(*(extras()[name] for name in names))
+    assert needed <= brought, f"{page.name} needs {needed - brought} too"
+    assert bool(needed) == bool(names)
+
+
+def test_extras_bring_what_their_parts_import():
+    assert {"matplotlib"} <= extras()["plots"]
+    # KerasTuner imports it in every search, and does not declare it.
+    assert {"tensorboard"} <= extras()["tuning"]
+    assert {"tensorboard"} <= extras()["tensorboard"]
+    sources = [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
+    needed = {
+        package
+        for package, sign in NEEDS.items()
+        if any(re.search(sign, source, re.M) for source in sources)
+    }
+    assert needed == {"scikit-learn", "matplotlib", "tensorboard"}
+    assert needed <= extras()["examples"]
+    assert set(NEEDS) <= extras()["examples"] & extras()["test"]
+
+
+def test_no_page_installs_from_an_index():
+    for page in ALL_PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"install[^\n]*keras-tapefit", text), page.name
+
+
+def test_names_on_pages_are_there():
+    rooms = {"hooks": hooks, "backward": backward, "callbacks": callbacks}
+    rooms |= {"plots": plots, "tuning": tuning}
+    pattern = rf"(?<![\w./])({'|'.join(rooms)})\.([a-zA-Z_]\w*)"
+    for page in ALL_PAGES:
+        for room, name in re.findall(pattern, page.read_text(encoding="utf-8")):
+            # What CONTRIBUTING.md adds as an example.
+            if name != "SignGradient":
+                assert hasattr(rooms[room], name), f"{page.name}: {room}.{name}"
+
+
+def test_headings_of_the_faq_are_messages_of_the_library():
+    page = (DOCS / "faq.md").read_text(encoding="utf-8")
+    part = page.partition("## Messages of this library")[2].partition("\n## ")[0]
+    messages = re.findall(r"^### `(.+)`$", part, re.M)
+    assert len(messages) >= 5
+    sources = [path.read_text("utf-8") for path in (ROOT / "keras_tapefit").rglob("*.py")]
+    # Strings in several lines, as one; names are quoted in messages and not in headings.
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources)).replace("`", "")
+    for message in messages:
+        for piece in re.split(r"'\.\.\.'|\d+", message):
+            assert piece.strip() in source, f"no message says {piece.strip()!r}"
+
+
+def test_readme_lists_every_hook():
+    table = (ROOT / "README.md").read_text("utf-8").partition("\n## Hooks\n")[2]
+    for name, thing in vars(hooks).items():
+        if inspect.isclass(thing) and issubclass(thing, hooks.GradientHook):
+            if thing is not hooks.GradientHook:
+                assert f"`{name}`" in table, f"README.md does not name the hook {name}"
+
+
+def test_all_log_entries_are_listed():
+    """As the sources name them, with the names that a hook of no name has."""
+    listed = (DOCS / "log_entries.md").read_text(encoding="utf-8")
+    found = set()
+    for path in (ROOT / "keras_tapefit").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        found |= set(re.findall(r"(?:report\(|Report\(None, )f?\"([^\"]+)\"", source))
+        found |= set(re.findall(r"entry = \"(\w+)\" if self._name is None", source))
+    assert len(found) >= 6
+    for name in found:
+        name = name.replace("{self._entry}", "gradient").replace("{entry}", "update_ratio")
+        name = re.sub(r"\{.*\}", "<path>", name)
+        assert f"`{name}`" in listed or f"`val_{name}`" in listed, name
 
 
 def test_readme_fit_example_is_complete_by_line_30():
-    first = python_blocks(ROOT / "README.md")[0]
+    first = blocks_of(ROOT / "README.md")[0]
     assert ".fit(" in first.code
     assert first.line + first.code.count("\n") < 30
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
@@ -114,3 +284,16 @@ def test_readme_has_the_two_commands_that_ci_runs():
     assert list(commands) == ["quickstart", "tests"]
     assert commands["quickstart"].endswith("examples/quickstart.py")
     assert commands["tests"].endswith("-m pytest")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/guarantees.md"])
+def test_versions_are_those_of_the_package(page):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for package, name in (("tensorflow", "TensorFlow"), ("keras", "Keras")):
+        (bound,) = re.findall(rf'^    "{package}>=([\d.]+)"', project, re.M)
+        assert f"{name} {bound} or later" in text
+    (least, beyond) = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', project)[0]
+    assert f"Python 3.{least} to 3.{int(beyond) - 1}" in text
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {keras_tapefit.__version__}\n" in citation

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "keras_tapefit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room imports from the floors below it, and from itself.
 FLOORS = [{"gradients"}, {"backward", "hooks"}, {"update"}, {"training"}, {"models"}]
-FLOORS.append({"tuning", "callbacks", "plots"})
+FLOORS.append({"tuning", "callbacks", "plots", "__main__"})
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Whose private names and modules are meant.
 OTHERS = ("keras.src", "keras_tuner.src", "tensorflow.python")
-# Public names of Python that look private.
-PUBLIC = {"_replace", "_getframe", "_current_frames"}
+# Public names of Python that look private, and the one by which notebooks show objects.
+PUBLIC = {"_replace", "_getframe", "_current_frames", "_repr_png_"}
 
 
 def room_of(path: Path) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import keras
@@ -18,6 +22,7 @@ import tomllib
 
 import keras_tapefit
 from keras_tapefit import TapeModel, TapeSequential, backward, callbacks, hooks, plots, tuning
+from keras_tapefit import __main__ as self_check
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -66,6 +71,24 @@ def test_docstrings_have_an_example():
             assert "```python" in (getattr(module, name).__doc__ or ""), name
 
 
+def test_every_hook_is_exported_and_explained():
+    """What a new hook needs, but for the tests of its own; CONTRIBUTING.md lists it."""
+    kinds, found = [hooks.GradientHook], []
+    while kinds:
+        kind = kinds.pop()
+        ours = [k for k in kind.__subclasses__() if k.__module__.startswith("keras_tapefit.")]
+        kinds += ours
+        # Of a base class its subclasses count.
+        found += [] if ours else [kind]
+    assert len(found) >= 15
+    for hook in found:
+        assert getattr(hooks, hook.__name__, None) is hook, f"{hook} is not exported"
+        for part in ("    Args:\n", "    Example:\n", "```python"):
+            assert part in (hook.__doc__ or ""), f"{hook.__name__}: no {part.strip()}"
+        registered = keras.saving.get_registered_name(hook)
+        assert registered == f"keras_tapefit>{hook.__name__}"
+
+
 @pytest.fixture
 def room(tmp_path, monkeypatch):
     """The names that the examples of docstrings stand on."""
@@ -109,6 +132,69 @@ def test_examples_of_docstrings_run(name, room, tmp_path):
         path = tmp_path / f"example_{number}.py"
         path.write_text(code, encoding="utf-8")
         exec(compile(code, str(path), "exec"), dict(room))
+
+
+def test_self_check():
+    command = [sys.executable, "-m", "keras_tapefit"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["tensorflow"] == tf.__version__ and lines["keras"] == keras.__version__
+    assert lines["backend"].startswith("tensorflow") and str(ROOT) in lines["keras-tapefit"]
+    checks = [line for line in done.stdout.splitlines() if line.startswith("check ")]
+    assert len(checks) == 4 and all(line.endswith(": ok") for line in checks)
+
+
+def test_self_check_notices_a_fault(monkeypatch, capsys):
+    """Checks that cannot fail would show nothing."""
+    monkeypatch.setattr(hooks, "GlobalNormClipping", lambda norm: hooks.ValueClipping(norm))
+    monkeypatch.setattr(hooks, "SkipNonFinite", hooks.ZeroNonFinite)
+    assert self_check.main() == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 3
+    assert re.search(r"clipped to: FAILED, its length is \S+, not 0.5$", failed[0])
+    assert failed[1].endswith("leaves no trace: FAILED, weights or optimizer changed")
+    assert failed[2].endswith("FAILED, its hooks are ['value_clipping']")
+
+
+@pytest.mark.slow
+def test_two_builds_are_the_same_and_work_elsewhere(tmp_path):
+    """The wheel and the sdist, byte for byte; the wheel without this folder in sight."""
+    folders = [tmp_path / "once", tmp_path / "again"]
+    for folder in folders:
+        # A copy, so that the folder and the times of files are others.
+        source = tmp_path / f"source_{folder.name}"
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "_build", "build", "dist")
+        shutil.copytree(ROOT, source, ignore=ignored, copy_function=shutil.copyfile)
+        command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=source)
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in folders[0].iterdir())
+    assert [Path(name).suffix for name in files] == [".whl", ".gz"]
+    for name in files:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    with tarfile.open(folders[0] / files[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CONTRIBUTING.md", "tests/conftest.py", "docs/conf.py"} <= names
+    assert {"examples/tour.ipynb", "keras_tapefit/py.typed", "pyproject.toml"} <= names
+
+    target = tmp_path / "installed"
+    with zipfile.ZipFile(folders[0] / files[0]) as wheel:
+        wheel.extractall(target)
+        metadata = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        described = wheel.read(metadata).decode()
+    top = {path.name for path in target.iterdir()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"keras_tapefit"}
+    assert "Provides-Extra: tuning" in described and "\nAuthor" in described
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_tapefit"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{target}/keras_tapefit" in done.stdout
 
 
 def test_an_import_brings_nothing_that_is_not_used():

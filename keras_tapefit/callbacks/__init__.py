@@ -1,4 +1,4 @@
-"""What shows gradients: one record of every step, in memory, in a file, in TensorBoard."""
+"""Callbacks that record every step: in memory, in a file, in TensorBoard."""
 
 from keras_tapefit.callbacks.diagnosis import Finding as Finding
 from keras_tapefit.callbacks.diagnosis import Report as Report

@@ -1,7 +1,7 @@
-"""What the records of a training say, in words.
+"""A diagnosis of the records of a training, in words.
 
-Each threshold stands here once, with its source; `docs/see_the_gradients.md` has the
-same table. Where the source names the trouble and no number, the number is ours.
+Each threshold is defined here once, with its source; `docs/see_the_gradients.md` has the
+same table. If the source names the problem but no number, the number is ours.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ SPIKE_FACTOR = 10.0
 # Karpathy, CS231n, https://cs231n.github.io/neural-networks-3/#ratio: the ratio of
 # updates to weights "should be somewhere around 1e-3". Ours: a factor of 30 each way.
 LEAST_RATIO, LARGEST_RATIO = 3e-5, 3e-2
-# Ours: where nearly all steps are clipped, what is left of a gradient is its direction,
-# as in normalized gradient descent.
+# Ours: if nearly all steps are clipped, only the direction of a gradient is left, as in
+# normalized gradient descent.
 CLIPPED_SHARE = 0.95
 # Micikevicius et al., 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740:
 # skipped steps are rare once the loss scale has settled. Ours: how rare.
 SKIPPED_SHARE = 0.02
 # A step counts as clipped from here on; float32 rounding is far below.
 _CLIPPED = 1.0 - 1e-4
-# The last steps that tell how things stand now.
+# The last steps, which show the present state.
 _RECENT = 200
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the records say.
+    """One problem, or one fact, that the records show.
 
     Args:
         kind: `"dead"`, `"vanishing"`, `"exploding"`, `"not finite"`, `"spikes"`,
             `"clipped"`, `"skipped"`, `"large updates"` or `"small updates"`.
         text: what was found, with its figures.
-        remedy: what would help; empty where nothing needs to be done.
-        paths: the variables that it is about.
+        remedy: what would help; empty if nothing needs to be done.
+        paths: the variables concerned.
     """
 
     kind: str
@@ -64,11 +64,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """A diagnosis: findings in order of gravity, readable with `print`.
+    """A diagnosis: findings, the most serious first, readable with `print`.
 
     Args:
         summary: one line on the training as a whole.
-        findings: what there is to say.
+        findings: what the records show; empty if all is healthy.
     """
 
     summary: str
@@ -80,12 +80,12 @@ class Report:
         return tuple(finding.kind for finding in self.findings)
 
     def __str__(self) -> str:
-        told = [str(finding) for finding in self.findings]
-        return "\n".join([self.summary, *(told or ["Nothing is out of the ordinary."])])
+        lines = [str(finding) for finding in self.findings]
+        return "\n".join([self.summary, *(lines or ["Nothing is out of the ordinary."])])
 
 
 def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Report:
-    """Returns what the records of a training say.
+    """Returns the diagnosis of the records of a training.
 
     Args:
         records: as `GradientHistory.to_numpy()` returns them.
@@ -126,7 +126,7 @@ def _dead(
     records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
     dead = []
-    # NaN on its way back ends at units that are off: what is before them gets zeros.
+    # NaN on its way back ends at units that are off: layers before them get zeros.
     finite = np.isfinite(records["gradient_norm"])
     for path in shapes:
         norms = records.get(f"gradient_norm/{path}", np.full(len(finite), np.nan))
@@ -143,11 +143,11 @@ def _dead_found(dead: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) ->
     return [
         Finding(
             "dead",
-            f"{_count(len(dead), 'variable')} of {len(shapes)} got a gradient of exactly 0 in "
+            f"{_count(len(dead), 'variable')} of {len(shapes)} had a gradient of exactly 0 in "
             f"nearly all of the last steps: {_listed(dead)}.",
-            "an activation that is nowhere flat (leaky_relu, gelu), he_normal "
+            "an activation without flat parts (leaky_relu, gelu), he_normal "
             "initialization, and hooks.GlobalNormClipping(...) against the large steps that "
-            "kill units. What the loss does not depend on is better frozen.",
+            "kill units. Freeze variables on which the loss does not depend.",
             dead,
         )
     ]
@@ -156,12 +156,12 @@ def _dead_found(dead: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) ->
 def _root_mean_squares(
     records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, float]:
-    """Returns of each kernel the median over steps of its gradient's root mean square."""
+    """Returns for each kernel the median over steps of its gradient's root mean square."""
     found = {}
     for path, shape in shapes.items():
         norms = records.get(f"gradient_norm/{path}", np.zeros(0))
         norms = norms[np.isfinite(norms)]
-        # Of tensors only: biases and scales are of another kind.
+        # Kernels only: biases and scales have other sizes.
         if len(shape) >= 2 and len(norms) and np.median(norms) > 0:
             found[path] = float(np.median(norms)) / float(np.sqrt(np.prod(shape)))
     return found
@@ -184,8 +184,8 @@ def _uneven(kernels: Mapping[str, float]) -> list[Finding]:
                 f"times those of {last} (root mean squares; {max(shares.values()):.1g} times "
                 "at the most).",
                 "hooks.GlobalNormClipping(...) bounds them all, hooks.NormClipping(...) each "
-                "by itself, hooks.AdaptiveClipping() by the size of the weights. he_normal or "
-                "glorot_uniform initialization goes to the root of it.",
+                "separately, hooks.AdaptiveClipping() by the size of the weights. he_normal or "
+                "glorot_uniform initialization removes the cause.",
                 tuple(exploding),
             )
         )
@@ -195,11 +195,11 @@ def _uneven(kernels: Mapping[str, float]) -> list[Finding]:
                 "vanishing",
                 f"the gradients of {_listed(vanishing)} are less than {VANISHING_SHARE:g} of "
                 f"those of {last} (root mean squares; {min(shares.values()):.1g} at the least).",
-                "hooks.AdaptiveClipping() where large first steps may have saturated the "
-                "units; hooks.BlockRMSClipping(...) brings large layers down to the small "
+                "hooks.AdaptiveClipping() if large first steps may have saturated the "
+                "units; hooks.BlockRMSClipping(...) reduces large layers to the size of small "
                 "ones; an optimizer that adapts to each weight, such as Adam. Residual "
                 "connections, normalization layers and he_normal or glorot_uniform "
-                "initialization go to the root of it.",
+                "initialization remove the cause.",
                 tuple(vanishing),
             )
         )
@@ -221,8 +221,8 @@ def _spikes(norms: np.ndarray, records: Mapping[str, np.ndarray]) -> list[Findin
             f"the norm of {_share(spikes)} steps is more than {SPIKE_FACTOR:g} times the "
             f"median, the largest {float(finite.max()) / middle:.0f} times.",
             f"hooks.GlobalNormClipping({_rounded(2 * middle)}), hooks.PercentileClipping() "
-            "where the norm changes much over the training, or hooks.SkipSpikes() to leave "
-            "such steps out.",
+            "if the norm changes much over the training, or hooks.SkipSpikes() to skip "
+            "such steps.",
         )
     ]
 
@@ -234,8 +234,8 @@ def _skipped(skipped: np.ndarray) -> list[Finding]:
     if np.mean(skipped) < SKIPPED_SHARE:
         return [Finding("skipped", text)]
     remedy = (
-        "look at what these batches hold, or at the threshold of the gate. In float16 a "
-        "loss scale that falls again and again means overflow: hooks.GlobalNormClipping(...) "
+        "check the data of these batches, or the threshold of the gate. In float16 a "
+        "loss scale that keeps falling means overflow: hooks.GlobalNormClipping(...) "
         "and a smaller learning rate."
     )
     return [Finding("skipped", text, remedy)]
@@ -248,14 +248,14 @@ def _clipped(norms: np.ndarray, records: Mapping[str, np.ndarray]) -> list[Findi
     if not clipped.any():
         return []
     left = float(np.median((after[known] / norms[known])[clipped]))
-    text = f"hooks made the norm of {_share(clipped)} steps smaller, to {left:.1%} in the median."
+    text = f"hooks reduced the norm of {_share(clipped)} steps, to {left:.1%} in the median."
     if np.mean(clipped) < CLIPPED_SHARE:
         return [Finding("clipped", text)]
     remedy = (
-        "where all steps are clipped the direction is left, and the learning rate decides "
-        "how far they go. If that is not meant, raise the threshold; the median norm before "
-        f"hooks is {_rounded(float(np.median(norms[known])))}. hooks.PercentileClipping() "
-        "follows the norm by itself."
+        "if all steps are clipped, only the direction of the gradient counts, and the "
+        "learning rate decides the length. If you did not want that, raise the threshold; "
+        f"the median norm before hooks is {_rounded(float(np.median(norms[known])))}. "
+        "hooks.PercentileClipping() follows the norm automatically."
     )
     return [Finding("clipped", text, remedy)]
 
@@ -292,7 +292,7 @@ def _updates(
                 f"a step moves {_listed(small)} by {min(ratios.values()):.1g} of the size of "
                 "the weights; 1e-3 is usual.",
                 "a larger learning rate, or hooks.LearningRateMultiplier(10.0, targets=...) "
-                "for these; hooks.Freezing(...) where they need not be trained.",
+                "for these; hooks.Freezing(...) if they need no training.",
                 tuple(small),
             )
         )

@@ -18,22 +18,23 @@ from keras_tapefit.update.watch import RecordRequest
 class GradientCSV(RecordReader):
     """Writes a record of every step to a CSV file, as `GradientHistory` keeps it.
 
-    What is there is not lost in a crash: rows are written after each execution. With
-    `keras.callbacks.BackupAndRestore` in the same list the file goes on where the
-    restored training does: rows of steps that are repeated are taken out, and none is
-    missing. Where `BackupAndRestore` has a `save_freq` in batches, put it after this one.
-    A model that has not been trained yet begins the file anew.
+    Rows are written after each execution, so a crash loses none. With
+    `keras.callbacks.BackupAndRestore` in the same list the file continues where the
+    restored training continues: rows of repeated steps are replaced, and none is missing.
+    If `BackupAndRestore` has a `save_freq` in batches, put it after this callback. A model
+    that has not been trained yet starts a new file.
 
     Of several workers only the chief writes.
 
     Args:
         path: of the file.
-        per_variable: whether norms and ratios of each variable are written.
-        updates: whether update-to-weight ratios are written.
+        per_variable: whether to write norms and ratios of each variable.
+        updates: whether to write update-to-weight ratios.
 
     Raises:
-        TypeError: when an argument is of the wrong type, or the model is no `TapeModel`.
-        ValueError: when the training goes on, and the file has other columns.
+        TypeError: when an argument is of the wrong type, or the model is not a
+            `TapeModel`.
+        ValueError: when the training continues, and the file has other columns.
 
     Example:
 
@@ -104,7 +105,7 @@ def _is_chief(model: Any) -> bool:
 
 
 def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
-    """Returns the rows of a file that a training goes on from.
+    """Returns the rows of a file that a training continues from.
 
     Raises:
         ValueError: when there are any, and the file has other columns.
@@ -113,7 +114,7 @@ def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         text = file.read()
-    # A row without an end was being written when the training broke off.
+    # A row without an end was being written when the training was interrupted.
     rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
     if not rows:
         return []

@@ -23,15 +23,14 @@ class GradientHistory(RecordReader):
     """Keeps a record of every step: gradients before and after hooks, updates, verdicts.
 
     The gradients are those of the training batches, summed over replicas and without
-    loss scale. There is a record of each step, rejected ones included, whatever
-    `steps_per_execution` is, under XLA and on replicas. Fetching waits for the device
-    once in some hundred steps. What is trained is the same with it and without, to float32
-    rounding.
+    loss scale. Every step has a record, rejected ones included, with any
+    `steps_per_execution`, under XLA and on replicas. Fetching waits for the device once in
+    some hundred steps. The training is the same with and without it, to float32 rounding.
 
-    It reads like a data frame: `history[name]` is an array with one entry a step, its
-    length is the number of steps, and it iterates over the names:
+    It reads like a data frame: `history[name]` is an array with one entry per step,
+    `len(history)` is the number of steps, and iterating yields the names:
 
-    | name | |
+    | name | value |
     |---|---|
     | `step` | its number in the life of the model, from 0 |
     | `epoch` | of `fit`, from 0 |
@@ -44,18 +43,18 @@ class GradientHistory(RecordReader):
     | `gradient_norm/<path>` | likewise of each variable, NaN while it is frozen |
 
     and `gradient_norm_after/<path>`, `update_ratio/<path>`. While gradients accumulate,
-    what is after the hooks is NaN but for the steps that end a window. A later `fit` of
-    the same model goes on; of a resumed one, the steps that are repeated are replaced.
+    values after the hooks are NaN except at steps that end a window. A later `fit` of the
+    same model adds to the records; a resumed one replaces the steps that it repeats.
 
     Args:
-        per_variable: whether norms and ratios of each variable are kept.
-        updates: whether the ratios are kept.
-        weights: variables whose values after each step are kept, as `weight/<path>`:
+        per_variable: whether to keep norms and ratios of each variable.
+        updates: whether to keep the ratios.
+        weights: variables whose values after each step to keep, as `weight/<path>`:
             a layer, a variable, a predicate, a glob on `variable.path`, or a list of
             these. `None`: none.
 
     Raises:
-        TypeError: when an argument is of the wrong type, or the model is no `TapeModel`.
+        TypeError: when an argument is of the wrong type, or the model is not a `TapeModel`.
         ValueError: when `weights` has more than 1000 elements.
 
     Example:
@@ -101,7 +100,7 @@ class GradientHistory(RecordReader):
         self._chunks.append(chunk)
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """Returns the records so far, one array a name."""
+        """Returns the records so far, one array per name."""
         self.drain()
         if len(self._chunks) > 1:
             self._chunks = [_joined(self._chunks)]
@@ -122,11 +121,11 @@ class GradientHistory(RecordReader):
         return pandas.DataFrame(self.to_numpy() or {"step": np.zeros(0, int)}).set_index("step")
 
     def report(self) -> Report:
-        """Says in words what is wrong with the gradients, and what would help.
+        """Describes in words what is wrong with the gradients, and which hooks would help.
 
         Returns:
-            A list of findings that prints as text; see `docs/see_the_gradients.md` for
-            its thresholds and where they come from.
+            A `Report`, which prints as text; `docs/see_the_gradients.md` lists its
+            thresholds and their sources.
         """
         return diagnose(self.to_numpy(), self.shapes)
 
@@ -171,7 +170,7 @@ class GradientHistory(RecordReader):
 
 
 def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns arrays one after the other; NaN where a chunk lacks a name."""
+    """Returns the chunks joined; NaN if a chunk lacks a name."""
     names = dict.fromkeys(name for chunk in chunks for name in chunk)
     return {
         name: np.concatenate(

@@ -20,28 +20,29 @@ from keras_tapefit.update.watch import RecordRequest
 
 
 class GradientTensorBoard(RecordReader):
-    """Shows gradients in TensorBoard, beside what Keras's own callback shows.
+    """Shows gradients in TensorBoard, alongside Keras's own callback.
 
     Norms become scalars, with the tags `gradient_norm`, `gradient_norm_after`,
     `gradient_norm/<path>` and so on; see `GradientHistory` for the names. Distributions
     become histograms, of the true gradients of one batch, with the tag
-    `gradient/<path>`. They make up a run of their own, `gradients`, beside the `train`
-    and `validation` of `keras.callbacks.TensorBoard(log_dir)`.
+    `gradient/<path>`. They form a separate run, `gradients`, next to the runs `train` and
+    `validation` of `keras.callbacks.TensorBoard(log_dir)`.
 
     A step has the number that Keras's callback gives its batch: from 1, counted from the
     start of the `fit`. With `steps_per_execution` of more than 1 Keras counts executions,
-    and this callback goes on counting steps.
+    and this callback still counts steps.
 
     Args:
-        log_dir: a folder, the one that Keras's callback has.
+        log_dir: a folder, the same as for Keras's callback.
         write_every: the number of steps from one scalar of a tag to the next.
         histograms_every: the number of steps from one histogram of a tag to the next;
             0: none.
-        per_variable: whether norms and ratios of each variable are shown.
-        updates: whether update-to-weight ratios are shown.
+        per_variable: whether to show norms and ratios of each variable.
+        updates: whether to show update-to-weight ratios.
 
     Raises:
-        TypeError: when an argument is of the wrong type, or the model is no `TapeModel`.
+        TypeError: when an argument is of the wrong type, or the model is not a
+            `TapeModel`.
         ValueError: when a number of steps is not positive.
         ImportError: when TensorBoard is not installed.
 
@@ -124,7 +125,7 @@ class GradientTensorBoard(RecordReader):
             self._writer = None
 
     def _is_due(self) -> bool:
-        # Every so often, so that the page can be watched while the model trains.
+        # Often enough to watch the page while the model trains.
         return super()._is_due() or self._num_unread >= self.write_every
 
 

@@ -1,8 +1,10 @@
-"""The pictures: what is drawn is what was recorded, named and with units."""
+"""The figures: what is drawn is what was recorded, named and legible."""
 
 import gc
 import io
+import pickle
 import sys
+import types
 import weakref
 
 import numpy as np
@@ -13,6 +15,7 @@ from keras_tapefit import callbacks, plots
 from . import support
 
 image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
+LogNorm = pytest.importorskip("matplotlib.colors").LogNorm
 
 DRAWN = [plots.gradient_flow, plots.norms, plots.trajectory, plots.heat_map]
 NUM_STEPS = 60
@@ -69,7 +72,8 @@ def test_every_picture(draw, records):
         plots.heat_map: figure.axes[-1].get_ylabel,
     }
     if draw in measured:
-        assert measured[draw]().replace("\n", " ").endswith("gradient norm [loss / weight]")
+        assert "gradient norm" in measured[draw]()
+    assert axes.get_title(loc="left") == ""
     # No text is cut off: the edge is white.
     for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
         assert (edge[..., :3] == 1).all()
@@ -89,19 +93,21 @@ def test_pictures_in_grey_differ_by_brightness(records):
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
     colours = plots.heat_map(records).axes[0].images[0].get_cmap()(np.linspace(0, 1, 20))
     lightness = colours[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(lightness) < 0).all()
+    # Dark is small, and the label says so.
+    assert (np.diff(lightness) > 0).all()
+    assert plots.heat_map(records).axes[-1].get_ylabel() == "gradient norm (dark is small)"
 
 
 def test_gradient_flow(records):
     axes = plots.gradient_flow(records).axes[0]
     assert labels(axes) == list(LAYERS)
-    largest, means = axes.containers
+    largest, medians = axes.containers
     assert axes.get_xscale() == "log" and axes.yaxis_inverted()
     norm = records["gradient_norm"]
     for i, layer in enumerate(LAYERS):
         values = 10.0 ** (i - 3) * norm[20 if layer == "second" else 0 :]
         values = 0 * values if layer == "dead" else values[np.isfinite(values)]
-        for bars, truth in ((largest, values.max()), (means, values.mean())):
+        for bars, truth in ((largest, values.max()), (medians, np.median(values))):
             end = bars[i].get_x() + bars[i].get_width()
             if layer == "dead":
                 assert bars[i].get_width() == 0
@@ -112,9 +118,13 @@ def test_gradient_flow(records):
     assert labels(plots.gradient_flow(nested).axes[0]) == list(LAYERS)
     frozen = {name: np.full(NUM_STEPS, np.nan) for name in records if "norm/dead" in name}
     axes = plots.gradient_flow({**records, **frozen}).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["frozen, or not finite"]
+    assert [text.get_text() for text in axes.texts] == ["frozen or not finite"]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["largest over steps", "mean over steps"]
+    assert legend == ["largest over steps", "median over steps"]
+    # A layer that died after the first steps, with gradients far below those of others.
+    died = {name: np.where(np.arange(NUM_STEPS) < 5, 1e-9, 0.0) for name in frozen}
+    axes = plots.gradient_flow({**records, **died}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0 in most steps"]
 
 
 def test_norms(records):
@@ -160,7 +170,10 @@ def test_heat_map(records):
     assert labels(axes) == list(LAYERS)
     table = axes.images[0].get_array()
     assert table.shape == (4, NUM_STEPS)
-    np.testing.assert_allclose(table[3][:30], np.log10(records["gradient_norm"][:30]), 1e-5)
+    np.testing.assert_allclose(table[3][:30], records["gradient_norm"][:30], 1e-6)
+    assert isinstance(axes.images[0].norm, LogNorm)
+    # What is exactly 0 is not drawn, on black.
+    assert table.mask[2].all() and axes.get_facecolor()[:3] == (0, 0, 0)
     assert axes.images[0].get_extent() == [99.5, 159.5, 3.5, -0.5]
     assert [text.get_text() for text in axes.texts] == ["0 in every step"]
     # Crossed out: the one skipped step of all but the dead one, and what was frozen.
@@ -234,6 +247,77 @@ def test_pyplot_is_left_alone(draw, records):
     del figure
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=lambda f: f.__name__)
+def test_title_and_axes_of_the_caller(draw, records):
+    from matplotlib.figure import Figure
+
+    plain, titled = draw(records), draw(records, title="A training")
+    assert titled.axes[0].get_title(loc="left") == "A training"
+    picture = pixels(titled)
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge[..., :3] == 1).all()
+    # The legend does not lie on the title.
+    titled.canvas.draw()
+    title = titled.axes[0]._left_title.get_window_extent()
+    if titled.axes[0].get_legend() is not None:
+        assert not title.overlaps(titled.axes[0].get_legend().get_window_extent())
+
+    own = Figure(figsize=(12, 4), layout="constrained")
+    left, right = own.subplots(1, 2)
+    assert draw(records, ax=right, title="right") is own
+    assert not left.has_data() and left.get_title(loc="left") == ""
+    assert right.get_title(loc="left") == "right"
+    assert right.get_xlabel() == plain.axes[0].get_xlabel()
+    assert right.get_ylabel() == plain.axes[0].get_ylabel()
+    with pytest.raises(TypeError, match="`ax` must be one .* Received: ax of type ndarray"):
+        draw(records, ax=np.array([left, right]))
+
+
+def test_tick_labels_are_plain(records):
+    """No powers of ten in small raised type, and more than one label in a small range."""
+    for axis in (
+        plots.gradient_flow(records).axes[0].xaxis,
+        plots.norms(records).axes[0].yaxis,
+        plots.heat_map(records).axes[-1].yaxis,
+    ):
+        axis.axes.figure.canvas.draw()
+        ticks = axis.get_majorticklabels() + axis.get_minorticklabels()
+        shown = [tick.get_text() for tick in ticks if tick.get_text()]
+        assert len(shown) >= 2 and not any("$" in text for text in shown)
+        for text in shown:
+            assert float(text) > 0
+    assert plots._plain(1e-6, 0) == "1e-6" and plots._plain(0.01, 0) == "0.01"
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=lambda f: f.__name__)
+def test_figures_in_notebooks(draw, records, monkeypatch):
+    """A notebook shows an object by its `_repr_png_`."""
+    figure = draw(records)
+    np.testing.assert_array_equal(
+        image.imread(io.BytesIO(figure._repr_png_())), pixels(draw(records))
+    )
+    # A copy shows itself too, and not what it is a copy of.
+    copy = pickle.loads(pickle.dumps(figure))
+    copy.axes[0].set_title("another")
+    assert copy._repr_png_() != figure._repr_png_()
+
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    with pytest.raises(RuntimeError, match=r"`figure.show\(\)` works in notebooks. Save the fig"):
+        figure.show()
+    shown = []
+    package = types.ModuleType("IPython")
+    package.display = types.ModuleType("IPython.display")
+    package.display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", package.display)
+    package.get_ipython = lambda: None
+    with pytest.raises(RuntimeError, match="works in notebooks"):
+        figure.show()
+    package.get_ipython = object
+    figure.show()
+    assert shown == [figure]
 
 
 def test_matplotlib_is_an_extra(records, monkeypatch):
