@@ -23,6 +23,8 @@ class AdoptedVariable(keras.Variable):
         name: the attribute that holds it.
     """
 
+    is_bare = True
+
     def __init__(self, variable: tf.Variable, name: str) -> None:
         self._adopted = variable
         super().__init__(

@@ -3,6 +3,10 @@
 Keras shows the loss as 0 and anything else as the last batch's, unless the step keeps
 metrics itself. Of a step that takes our tape, what it returns becomes means over the
 epoch's examples. A step without our tape, and without hooks, is left as it is.
+
+Private names used here: of a `tf.function` `_autograph` and `_jit_compile`. Checked with
+Keras 3.15.1 and TensorFlow 2.21; `tests/models/test_private_names.py` fails when they
+change.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Runtime:
             self._make_windows()
             if self.hooks:
                 self.hooks.prepare(variables, self.unit, self._owner)
-            if self.hooks or self.has_window:
+            if self.hooks or self.has_window or tf.distribute.has_strategy():
                 self._make_entries()
             if self.has_window or any(hook.uses_step_count for hook in self.hooks):
                 self._make_step_count()

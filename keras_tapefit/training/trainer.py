@@ -319,7 +319,7 @@ class TapeTrainer:
         return compile_arguments.register(runtime, hook, targets, name)
 
     def gradient_tape(self, persistent: bool = False) -> StepTape:
-        """Returns a `tf.GradientTape` for a step or loop of one's own.
+        """Returns a `tf.GradientTape` for a custom step or a loop by hand.
 
         Args:
             persistent: whether gradients may be taken several times.

@@ -185,8 +185,15 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
     """Calls `optimizer.apply` for the variables being trained.
 
     A `MultiOptimizer` wants all the variables it was built with: the frozen ones get
-    `None`, and an inner optimizer that has only frozen ones is left out.
+    `None`, and an inner optimizer that has only frozen ones is left out. A bare variable
+    that the loss does not depend on is no mistake: it is left out too.
     """
+    pairs = [
+        (g, v)
+        for g, v in zip(gradients, variables, strict=True)
+        if g is not None or not getattr(v, "is_bare", False)
+    ]
+    gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
     multi = multi_optimizer(optimizer)
     if multi is None or not multi.built or len(variables) == len(multi._trainable_variables):
         with fast_trace.traced_once(list(leaves(optimizer))):
