@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -16,13 +16,21 @@ from keras_tapefit.hooks.reports import Reports
 from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.recording import Recording
 from keras_tapefit.training.saved_state import SavedState
-from keras_tapefit.training.shared import SharedTraces, TracedFunction
 from keras_tapefit.update import optimizers, trainable
 from keras_tapefit.update.accumulation import Accumulation
 from keras_tapefit.update.compiled import update_compiled
 from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.update import Outcome, may_reject, update
 from keras_tapefit.update.watch import Watch
+
+
+class TraceSource(Protocol):
+    """Where a model gets what it has no trace of its own for."""
+
+    def function(
+        self, model: Any, kind: str, key: Any, make: Callable[[], Callable[[Any], Any]]
+    ) -> Callable[[Any], Any]:
+        """Returns a function of an iterator, which the model keeps under `key`."""
 
 
 class Runtime:
@@ -51,7 +59,7 @@ class Runtime:
         self._reports: Reports | None = None
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
-        self.shared: SharedTraces | None = None
+        self.trace_source: TraceSource | None = None
 
     def candidates(self) -> list[Any]:
         """Returns the variables that are trained when nothing is frozen."""
@@ -228,13 +236,17 @@ class Runtime:
         if frozen:
             trainable.set_trainable(self.model, frozen, False)
 
-    def forget_traces(self) -> None:
-        """Lets go of what was traced for variables that the model had before."""
-        self.flushes.clear()
-        self.model.predict_function = None
-        for function in (self.model.train_function, self.model.test_function):
-            if isinstance(function, TracedFunction):
-                function.forget()
+    def function(self, kind: str, key: Any, make: Callable[[], Any]) -> Callable[[Any], Any]:
+        """Returns a function of an iterator for an execution, from the source of traces.
+
+        Args:
+            kind: `"train"` or `"test"`.
+            key: what the model keeps it under.
+            make: makes one afresh.
+        """
+        if self.trace_source is None:
+            return make()
+        return self.trace_source.function(self.model, kind, key, make)
 
     def check_hooks(self) -> None:
         """Lets hooks stop the training."""

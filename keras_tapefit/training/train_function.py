@@ -13,12 +13,11 @@ from keras_tapefit.hooks import order_findings
 from keras_tapefit.training import building, custom_steps, strategies
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.training.scope import StepScope, step_scope
-from keras_tapefit.training.shared import StaleTrace, TracedFunction, check_user, place
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.trainable import Flags
 
 
-class TrainFunction(TracedFunction):
+class TrainFunction:
     """Calls the traced step that fits the model as it is now.
 
     The `trainable` flags and the hooks decide which. Each combination is traced once
@@ -62,25 +61,16 @@ class TrainFunction(TracedFunction):
 
     def _call(self, key: Any, iterator: Any) -> tuple[Any, list[str]]:
         """Returns the logs of an execution, and the names of the reports in them."""
-        traces, where = place(
-            self._runtime.shared, self._model, "train", key, iterator, self._traces
-        )
-        if where not in traces:
+        if key not in self._traces:
             new_names: list[str] = []
             self._warn_of_order()
-            is_shared = traces is not self._traces
-            traces[where] = (self._make(new_names, is_shared), new_names)
-        function, names = traces[where]
-        try:
-            return function(iterator), names
-        except StaleTrace:
-            del traces[where]
-            return self._call(key, iterator)
 
-    def forget(self) -> None:
-        """Lets go of all traces of the model's own."""
-        self._traces.clear()
-        self._current = None
+            def make() -> Any:
+                return self._make(new_names)
+
+            self._traces[key] = (self._runtime.function("train", key, make), new_names)
+        function, names = self._traces[key]
+        return function(iterator), names
 
     def _prepare(self) -> None:
         """Makes the state that is missing; looks at the layers only where they may be new."""
@@ -133,9 +123,8 @@ class TrainFunction(TracedFunction):
         if optimizer is not None and optimizer.built:
             optimizers.average_only(optimizer, self._model.trainable_variables)
 
-    def _make(self, names: list[str], is_shared: bool = False) -> Callable[[Any], Any]:
+    def _make(self, names: list[str]) -> Callable[[Any], Any]:
         def step(data: Any) -> Any:
-            check_user(self._runtime.shared, self._model, is_shared)
             with step_scope(self._runtime) as scope:
                 if self._own_step:
                     scope.weight = tf.cast(custom_steps.batch_size(data), tf.float32)
@@ -152,10 +141,10 @@ class TrainFunction(TracedFunction):
         return strategies.make_function(self._model, step)
 
 
-class TestFunction(TracedFunction):
+class TestFunction:
     """Calls the traced step that evaluates the model as it is now.
 
-    For models that share traces, and hooks that look at the gradients of validation.
+    For models with a source of traces, and hooks that look at the gradients of validation.
 
     Args:
         model: the model.
@@ -172,23 +161,12 @@ class TestFunction(TracedFunction):
             self._runtime.prepare(self._model.optimizer)
         # What is trained changes an evaluation too: layers may look at `trainable`.
         key = (Flags(self._model).read(), self._runtime.hooks.structure())
-        shared = self._runtime.shared
-        traces, where = place(shared, self._model, "test", key, iterator, self._traces)
-        if where not in traces:
-            traces[where] = (self._make(traces is not self._traces), [])
-        try:
-            return traces[where][0](iterator)
-        except StaleTrace:
-            del traces[where]
-            return self(iterator)
+        if key not in self._traces:
+            self._traces[key] = self._runtime.function("test", key, self._make)
+        return self._traces[key](iterator)
 
-    def forget(self) -> None:
-        """Lets go of all traces of the model's own."""
-        self._traces.clear()
-
-    def _make(self, is_shared: bool) -> Callable[[Any], Any]:
+    def _make(self) -> Callable[[Any], Any]:
         def step(data: Any) -> Any:
-            check_user(self._runtime.shared, self._model, is_shared)
             return self._model.test_step(data)
 
         return strategies.make_function(self._model, step)

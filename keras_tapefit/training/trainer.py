@@ -170,16 +170,13 @@ class TapeTrainer:
             self.train_function.refresh()
         if self.built:
             runtime_of(self).prepare(self.optimizer)
-            shared = runtime_of(self).shared
-            if shared is not None and getattr(self.optimizer, "built", False):
-                shared.settle(self)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
         """Makes the function that `evaluate` calls; as `keras.Model` does."""
         runtime = runtime_of(self)
         kept = None if force else self.test_function
-        if runtime.hooks.watches_validation or runtime.shared is not None:
+        if runtime.hooks.watches_validation or runtime.trace_source is not None:
             if not isinstance(kept, TestFunction):
                 self.test_function: Any = TestFunction(self, runtime)
         elif not strategies.needs_own_function(self):
@@ -189,9 +186,7 @@ class TapeTrainer:
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        shares = runtime_of(self).shared is not None and not _has_own_step(self)
-        if shares and iterator is not None:
-            # Before the first trace, which may be another model's.
+        if iterator is not None and not _has_own_step(self):
             keras_trainer.build_from_spec(self, iterator)
         if iterator is None or not strategies.needs_own_build(self):
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)

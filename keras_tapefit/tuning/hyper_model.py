@@ -55,8 +55,8 @@ class TapeHyperModel(keras_tuner.HyperModel):
     def __init__(
         self,
         build: Callable[[Any], Any] | keras_tuner.HyperModel,
-        reuse: bool | int = True,
-        parts: Sequence[str] = ("clipping", "gate"),
+        reuse: bool | int = False,
+        parts: Sequence[str] = (),
     ) -> None:
         if not callable(build) and not isinstance(build, keras_tuner.HyperModel):
             raise TypeError(
@@ -75,7 +75,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
         self._function = build if self.inner is None else self.inner.build
         self.reuse = reuse
         self.parts = tuple(parts)
-        self._pool = TracePool(3 if reuse is True else int(reuse)) if reuse else None
+        self._pool = TracePool(32 if reuse is True else int(reuse)) if reuse else None
 
     @property
     def history(self) -> list[str]:
@@ -94,7 +94,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
         if self.parts and not model.gradient_hooks:
             self._add_hooks(hp, model)
         if self._pool is not None:
-            self._pool.lend(model)
+            runtime_of(model).trace_source = self._pool
         return model
 
     def declare_hyperparameters(self, hp: Any) -> None:
