@@ -64,45 +64,41 @@ class Check:
         variant = tf.data.experimental.to_variant(joint)
         return iter(tf.data.experimental.from_variant(variant, self._spec))
 
-    def compare(
-        self, lent: Callable[[Any], Any], afresh: Callable[[Any], Any]
-    ) -> tuple[Any, str | None]:
-        """Makes the execution.
+    def compare(self, lent: Callable[[Any], Any], afresh: Callable[[Any], Any]) -> str | None:
+        """Makes the execution twice; the state is afterwards what it was before.
 
         Args:
             lent: a function of an iterator, by a trace of another model.
             afresh: one of the model's own, which runs where functions are not traced.
 
         Returns:
-            The logs, and `None`; the state is then as `lent` left it. Or `None` and
-            the first difference; the state is then as it was before.
+            `None`, or the first difference.
         """
         try:
-            with _eagerly():
-                expected = self._outcome(afresh(self._batches))
-            self._restore()
-            logs = lent(self.iterator())
-            found = self._outcome(logs)
-            difference = self._difference(expected, found)
-            if difference is not None:
-                after = [tf.identity(v) for v in self._variables]
-                self._measure_noise(expected, afresh)
-                difference = self._difference(expected, found)
-                for variable, value in zip(self._variables, after, strict=True):
-                    variable.assign(value)
+            expected = self._run(afresh, eagerly=True)
+            found = self._run(lent)
+            if self._difference(expected, found) is None:
+                return None
+            self._measure_noise(expected, afresh)
+            return self._difference(expected, found)
         except Exception as error:
-            difference = f"{type(error).__name__}: {error}"
-        if difference is None:
-            return logs, None
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self._restore()
+
+    def _run(self, function: Callable[[Any], Any], eagerly: bool = False) -> Any:
+        """Returns by name what logs and variables become, and what they were before."""
         self._restore()
-        return None, difference
+        if not eagerly:
+            return self._outcome(function(self.iterator()))
+        with _eagerly():
+            return self._outcome(function(self._batches))
 
     def _restore(self) -> None:
         for variable, value in zip(self._variables, self._before, strict=True):
             variable.assign(value)
 
     def _outcome(self, logs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns by name what the logs and variables are, and what they were before."""
         flat = logs if isinstance(logs, dict) else {"": logs}
         found = {
             f"the log entry {name!r}": (np.asarray(value), np.zeros((), "float32"))

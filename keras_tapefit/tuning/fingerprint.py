@@ -54,7 +54,12 @@ _PASSED_OVER: list[tuple[type, frozenset[str]]] = [
     (
         keras.Layer,
         frozenset(
-            "_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses "
+            "_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses".split()
+        ),
+    ),
+    (
+        tf.__internal__.tracking.AutoTrackable,
+        frozenset(
             "_self_unconditional_checkpoint_dependencies _self_unconditional_dependency_names "
             "_self_unconditional_deferred_dependencies _self_name_based_restores "
             "_self_saveable_object_factories _self_update_uid _self_setattr_tracking".split()
@@ -250,7 +255,7 @@ class Fingerprint:
             for name in sorted(left_out):
                 self._number(value, name)
         elif isinstance(value, GradientHook):
-            left_out = {*value._number_variables, "_structure"}
+            left_out = {*value._number_variables, "_structure", "seed"}
             if isinstance(value, Freezing | GradualUnfreezing):
                 left_out |= {"epochs", "steps", "every", "uses_step_count", "_last_chosen"}
         elif isinstance(value, GradientMethod):

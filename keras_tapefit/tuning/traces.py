@@ -46,6 +46,8 @@ class Trace:
     Attributes:
         flaw: why it may not be used for another model, or `None`.
         noise: for each variable how far rounding alone was seen to carry it.
+        uncompiled: the same, traced without XLA, which draws other random numbers than
+            eager steps do; `None` where this one is.
 
     Raises:
         Incomparable: when it has to do with more than the variables of the model.
@@ -68,6 +70,7 @@ class Trace:
         self.kind, self.spec = kind, spec
         self.flaw: str | None = None
         self.noise: dict[str, float] = {}
+        self.uncompiled: Trace | None = None
 
     def lend(self, variables: list[tf.Variable]) -> Callable[[Any], Any]:
         """Returns the function with others' variables in the place of those it captured."""
@@ -176,11 +179,9 @@ class _Execution:
     def _traced(self, iterator: Any, fingerprint: Fingerprint, entry: str) -> Any:
         """Traces the step, and keeps it for others where it has to do with the model only."""
         function, before = self._make(), random_state()
-        inner = inspect.getclosurevars(function).nonlocals.get("multi_step_on_iterator")
-        if not isinstance(inner, tf.types.experimental.PolymorphicFunction):
+        concrete = _trace(function, iterator, fingerprint)
+        if concrete is None:
             return self._alone(iterator, "the step is not traced as one function")
-        with _numbers_in(fingerprint):
-            concrete = inner.get_concrete_function(iterator)
         self._found = _runs(concrete, (fingerprint.variables, function))
         try:
             if random_state() != before:
@@ -188,21 +189,33 @@ class _Execution:
             changed = Fingerprint(self._model).difference(fingerprint)
             if changed:
                 raise Incomparable(f"a call of the model changes it, {changed}")
-            self._pool.keep(Trace(concrete, fingerprint, self._kind, self._spec))
+            trace = Trace(concrete, fingerprint, self._kind, self._spec)
+            if self._model.jit_compile:
+                trace.uncompiled = self._uncompiled(iterator, fingerprint)
+            self._pool.keep(trace)
         except Exception as reason:
             entry = f"{entry.partition(':')[0]} anew: {reason}"
         self._pool.note(self._kind, entry)
         return self._found(iterator)
 
+    def _uncompiled(self, iterator: Any, fingerprint: Fingerprint) -> Trace:
+        model = self._model
+        model.jit_compile, before = False, model.jit_compile
+        try:
+            concrete = _trace(self._make(), iterator, fingerprint)
+        finally:
+            model.jit_compile = before
+        return Trace(concrete, fingerprint, self._kind, self._spec)
+
     def _checked(self, iterator: Any, trace: Trace, fingerprint: Fingerprint) -> Any:
         """Makes the first execution by a trace of an earlier model, and checks it."""
-        lent = trace.lend(fingerprint.variables)
         check = Check(self._model, fingerprint, iterator, trace.noise)
-        logs, difference = check.compare(lent, self._afresh())
+        checked = trace.uncompiled or trace
+        difference = check.compare(checked.lend(fingerprint.variables), self._afresh())
         if difference is None:
-            self._found = lent
+            self._found = trace.lend(fingerprint.variables)
             self._pool.note(self._kind, "reused")
-            return logs
+            return self._found(check.iterator())
         trace.flaw = f"a model like it was found to be another: {difference}"
         warnings.warn(
             f"The step that was traced for an earlier trial is not that of this one: {difference}"
@@ -213,6 +226,15 @@ class _Execution:
         self._pool.note(self._kind, f"traced anew: {difference}")
         self._found = self._afresh()
         return self._found(check.iterator())
+
+
+def _trace(function: Callable[[Any], Any], iterator: Any, fingerprint: Fingerprint) -> Any:
+    """Returns the concrete function in Keras's function of an iterator, `None` without one."""
+    inner = inspect.getclosurevars(function).nonlocals.get("multi_step_on_iterator")
+    if not isinstance(inner, tf.types.experimental.PolymorphicFunction):
+        return None
+    with _numbers_in(fingerprint):
+        return inner.get_concrete_function(iterator)
 
 
 def _runs(concrete: Any, kept: Any) -> Callable[[Any], Any]:

@@ -154,9 +154,9 @@ scenario(
 scenario(
     "epochs of Freezing",
     lambda v: dense(gradient_hooks=[hooks.Freezing("dense/*", epochs=v)]),
-    values=(1, 2, 0),
-    # Of two trials both traces are used, of the last the second only.
-    reused=None,
+    values=(1, 2),
+    # That of the frozen and that of the unfrozen model.
+    reused=1,
 )
 
 
