@@ -1,4 +1,4 @@
-"""The first execution of a model by a trace of another, compared with one made afresh."""
+"""The first step of a model by a trace of another, compared with one made afresh."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.gradients import layers_of
 from keras_tapefit.tuning.fingerprint import Fingerprint
 
+Outcome = dict[str, tuple[np.ndarray, np.ndarray]]
 _lock = threading.RLock()
 
 
 class Check:
-    """Makes an execution twice on the same batches, by a trace and eagerly.
+    """Makes a step twice on the same batch, by a trace and eagerly.
 
-    Everything that the model keeps in variables is put back in between, bit for bit.
+    Everything that the model keeps in variables is put back afterwards, bit for bit.
 
     Args:
         model: the model.
         fingerprint: of the model, which knows its variables.
-        iterator: gives the batches, which are taken from it once.
-        noise: how far rounding alone was seen to carry a variable or log entry, by name;
-            added to.
+        iterator: what the execution is for; its batches are taken from it once.
+        noise: by name, how far rounding alone was seen to carry a variable or log entry,
+            as a part of its change; added to.
 
     Raises:
         StopIteration: when there is no batch.
@@ -49,23 +49,15 @@ class Check:
         if not self._batches:
             raise StopIteration
         self._before = [tf.identity(v) for v in self._variables]
-        dtypes = {keras.backend.standardize_dtype(v.compute_dtype) for v in layers_of(model)}
-        self._epsilon = max(
-            (float(tf.experimental.numpy.finfo(d).eps) for d in dtypes if "float" in d),
-            default=1e-7,
-        )
+        dtypes = [tf.as_dtype(layer.compute_dtype) for layer in layers_of(model)]
+        self._epsilon = max([_epsilon(d) for d in dtypes if d.is_floating], default=1e-7)
 
     def iterator(self) -> Any:
-        """Returns a new iterator over the batches."""
-        datasets = [tf.data.Dataset.from_tensors(batch) for batch in self._batches]
-        joint = datasets[0]
-        for dataset in datasets[1:]:
-            joint = joint.concatenate(dataset)
-        variant = tf.data.experimental.to_variant(joint)
-        return iter(tf.data.experimental.from_variant(variant, self._spec))
+        """Returns a new iterator over the batches of the execution."""
+        return self._over(self._batches)
 
     def compare(self, lent: Callable[[Any], Any], afresh: Callable[[Any], Any]) -> str | None:
-        """Makes the execution twice; the state is afterwards what it was before.
+        """Makes the step twice; the state is afterwards what it was before.
 
         Args:
             lent: a function of an iterator, by a trace of another model.
@@ -75,8 +67,8 @@ class Check:
             `None`, or the first difference.
         """
         try:
-            expected = self._run(afresh, eagerly=True)
-            found = self._run(lent)
+            expected = self._eager_step(afresh)
+            found = self._outcome(lent(self._over(self._batches[:1])))
             if self._difference(expected, found) is None:
                 return None
             self._measure_noise(expected, afresh)
@@ -86,90 +78,94 @@ class Check:
         finally:
             self._restore()
 
-    def _run(self, function: Callable[[Any], Any], eagerly: bool = False) -> Any:
-        """Returns by name what logs and variables become, and what they were before."""
+    def _over(self, batches: list[Any]) -> Any:
+        joint, *datasets = [tf.data.Dataset.from_tensors(batch) for batch in batches]
+        for dataset in datasets:
+            joint = joint.concatenate(dataset)
+        # With the shapes that the function was traced for, as far as they were known.
+        variant = tf.data.experimental.to_variant(joint)
+        return iter(tf.data.experimental.from_variant(variant, self._spec))
+
+    def _eager_step(self, afresh: Callable[[Any], Any]) -> Outcome:
+        with _lock:
+            tf.config.run_functions_eagerly(True)
+            try:
+                logs = afresh(self._batches[:1])
+            finally:
+                tf.config.run_functions_eagerly(False)
+        outcome = self._outcome(logs)
         self._restore()
-        if not eagerly:
-            return self._outcome(function(self.iterator()))
-        with _eagerly():
-            return self._outcome(function(self._batches))
+        return outcome
 
     def _restore(self) -> None:
         for variable, value in zip(self._variables, self._before, strict=True):
             variable.assign(value)
 
-    def _outcome(self, logs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        flat = logs if isinstance(logs, dict) else {"": logs}
+    def _outcome(self, logs: Any) -> Outcome:
+        """Returns by name what the logs and variables are, and what they were before."""
+        entries = logs if isinstance(logs, dict) else {"": logs}
         found = {
             f"the log entry {name!r}": (np.asarray(value), np.zeros((), "float32"))
-            for name, value in flat.items()
-            if value is not None
+            for name, value in entries.items()
         }
         for i, (variable, before) in enumerate(zip(self._variables, self._before, strict=True)):
             name = f"the variable {self._names[i]!r}"
             found[f"{name} ({i})" if name in found else name] = (variable.numpy(), before.numpy())
         return found
 
-    def _difference(self, expected: Any, found: Any) -> str | None:
-        if list(expected) != list(found):
-            return f"the log entries are {list(found)[:9]}, not {list(expected)[:9]}"
-        for name, (value, before) in expected.items():
-            other = found[name][0]
-            if value.dtype.kind not in "fV" or np.array_equal(value, other, equal_nan=True):
-                if not np.array_equal(value, other):
-                    if value.dtype.kind != "f":
-                        return f"after the first step {name} is {_short(other)}, not {_short(value)}"
-                continue
-            value, before, other = (np.asarray(v, "float64") for v in (value, before, other))
-            change = _largest(value - before)
-            allowed = 100 * self._epsilon * change + 1e-6 * _largest(before)
-            allowed += 16 * self._noise.get(name, 0.0) * change
-            if not np.array_equal(np.isfinite(value), np.isfinite(other)) or (
-                _largest(value - other) > allowed
-            ):
-                return f"after the first step {name} is {_short(other)}, not {_short(value)}"
+    def _difference(self, expected: Outcome, found: Outcome) -> str | None:
+        for name in {**expected, **found}:
+            if name not in expected or name not in found:
+                return f"the step has {name}" if name in expected else f"it has no {name}"
+            if not self._agree(name, *expected[name], found[name][0]):
+                values = _short(found[name][0]), _short(expected[name][0])
+                return f"after the first step {name} is {values[0]}, not {values[1]}"
         return None
 
-    def _measure_noise(self, expected: Any, afresh: Callable[[Any], Any]) -> None:
-        """Finds out what rounding may do: starts again with weights a little different."""
+    def _agree(self, name: str, value: Any, before: Any, other: Any) -> bool:
+        if value.dtype != other.dtype or value.shape != other.shape:
+            return False
+        if not tf.as_dtype(value.dtype).is_floating:
+            return np.array_equal(value, other)
+        rounding = 2 * _epsilon(value.dtype)
+        value, before, other = (np.asarray(v, "float64") for v in (value, before, other))
+        if not np.array_equal(np.isfinite(value), np.isfinite(other)):
+            return False
+        change = 100 * self._epsilon + 16 * self._noise.get(name, 0.0)
+        allowed = change * _largest(value - before) + rounding * _largest(before)
+        return _largest(value - other) <= allowed
+
+    def _measure_noise(self, expected: Outcome, afresh: Callable[[Any], Any]) -> None:
+        """Finds out what rounding may do: makes the step with slightly other weights."""
         draws = np.random.default_rng(0)
-        self._restore()
-        begun = {}
+        moved = {}
         for i, (variable, before) in enumerate(zip(self._variables, self._before, strict=True)):
             if variable.dtype.is_floating and variable.trainable:
                 signs = draws.choice([-1.0, 1.0], size=tuple(variable.shape))
-                variable.assign(before * tf.cast(1.0 + 8 * self._epsilon * signs, before.dtype))
-            begun[i] = variable.numpy()
-        with _eagerly():
-            outcome = self._outcome(afresh(self._batches))
-        num_logs = len(outcome) - len(begun)
+                factors = tf.cast(1.0 + 8 * self._epsilon * signs, before.dtype)
+                moved[i] = before.numpy()
+                variable.assign(before * factors)
+                moved[i] = np.asarray(variable.numpy() - moved[i], "float64")
+        outcome = self._eager_step(afresh)
+        num_logs = len(outcome) - len(self._variables)
         for place, (name, (value, before)) in enumerate(expected.items()):
-            if value.dtype.kind not in "fV" or name not in outcome:
+            other = outcome[name][0]
+            if not tf.as_dtype(value.dtype).is_floating:
                 continue
-            start = begun[place - num_logs] if place >= num_logs else before
-            value, before, start, other = (
-                np.asarray(v, "float64") for v in (value, before, start, outcome[name][0])
-            )
+            value, before, other = (np.asarray(v, "float64") for v in (value, before, other))
             change = _largest(value - before)
             if change:
-                noise = _largest((value - before) - (other - start)) / change
+                noise = _largest(other - value - moved.get(place - num_logs, 0.0)) / change
                 self._noise[name] = max(noise, self._noise.get(name, 0.0))
 
 
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    with _lock:
-        tf.config.run_functions_eagerly(True)
-        try:
-            yield
-        finally:
-            tf.config.run_functions_eagerly(False)
+def _epsilon(dtype: Any) -> float:
+    return float(tf.experimental.numpy.finfo(tf.as_dtype(dtype).as_numpy_dtype).eps)
 
 
 def _largest(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size else 0.0
+    return float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
 
 
 def _short(value: Any) -> str:
-    return f"{np.asarray(value, 'float64').ravel()[:3]}" if np.size(value) > 1 else f"{value}"
+    return f"{value.ravel()[:3]}..." if value.size > 3 else f"{value}"

@@ -53,9 +53,7 @@ _PASSED_OVER: list[tuple[type, frozenset[str]]] = [
     (keras.optimizers.Optimizer, frozenset(["_trainable_variables_indices"])),
     (
         keras.Layer,
-        frozenset(
-            "_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses".split()
-        ),
+        frozenset("_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses".split()),
     ),
     (
         tf.__internal__.tracking.AutoTrackable,
