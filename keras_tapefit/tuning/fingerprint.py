@@ -6,8 +6,8 @@ methods. What lives in variables is no part of it. What cannot be looked into is
 over: the first step of the model tells (see `keras_tapefit.tuning.check`).
 
 Private names used here: attributes of Keras objects that say nothing about a step
-(`_PASSED_OVER`). Checked with Keras 3.15.1; `tests/tuning/test_fingerprint.py` fails when
-they change.
+(`_PASSED_OVER`). Checked with Keras 3.15.1; `tests/tuning/test_reuse.py` fails when they
+change.
 """
 
 from __future__ import annotations
@@ -33,43 +33,60 @@ from keras_tapefit.hooks import Freezing, GradientHook, GradualUnfreezing
 from keras_tapefit.training.runtime import Runtime, runtime_of
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
-_BY_REPR = (tf.DType, tf.TensorShape, np.dtype, np.generic, slice, range, np.random.Generator)
+_SEQUENCES: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
+_SCALARS: tuple[Any, ...] = (int, float, complex, str, bytes)
+_BY_REPR = (tf.DType, tf.TensorShape, np.dtype, np.generic, slice, range)
 # Packages whose classes and functions no search changes, and those whose objects are
-# not looked into.
+# not looked into. TensorFlow makes containers of its own of those assigned to a layer.
 _KNOWN = {"keras", "keras_tapefit", "tensorflow", "numpy", "keras_tuner", "optree", "ml_dtypes"}
 _KNOWN |= set(sys.stdlib_module_names) - {"__main__"}
 _OPAQUE = {"tensorflow", "keras_tuner", "_thread", "threading", "_weakref", "weakref", "optree"}
-_OF_CLASS = set("__dict__ __weakref__ __doc__ __module__ __annotations__ __qualname__".split())
-# Attributes that say nothing about a step: of what, and which.
-_PASSED_OVER: list[tuple[type, frozenset[str]]] = [
-    (
-        keras.Model,
-        frozenset(
-            "train_function test_function predict_function history stop_training "
-            "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
-            "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state".split()
-        ),
-    ),
-    (keras.optimizers.Optimizer, frozenset(["_trainable_variables_indices"])),
-    (
-        keras.Layer,
-        frozenset("_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses".split()),
-    ),
-    (
-        tf.__internal__.tracking.AutoTrackable,
-        frozenset(
-            "_self_unconditional_checkpoint_dependencies _self_unconditional_dependency_names "
-            "_self_unconditional_deferred_dependencies _self_name_based_restores "
-            "_self_saveable_object_factories _self_update_uid _self_setattr_tracking".split()
-        ),
-    ),
-]
-_PASSED_OVER.append((Function, frozenset(["_nodes"])))
-_NUMBERS_OF_SCHEDULE = ("initial_learning_rate", "end_learning_rate", "warmup_target")
-# Where containers come from that TensorFlow makes of those assigned to a layer.
 _WRAPPERS = "tensorflow.python.trackable.data_structures"
+# What is asked of an object instead of its attributes.
+_ASKED: dict[Any, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    types.BuiltinFunctionType: ("__qualname__", "__self__"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset"),
+    functools.cached_property: ("func",),
+    functools.partial: ("func", "args", "keywords"),
+    tf.types.experimental.PolymorphicFunction: ("python_function",),
+    enum.Enum: ("__class__", "name"),
+    np.random.Generator: ("bit_generator",),
+    np.random.BitGenerator: ("state",),
+    keras.random.SeedGenerator: ("state",),
+    keras.KerasTensor: ("shape", "dtype", "_keras_history"),
+}
+# Attributes that say nothing about a step: of what, and which.
+_PASSED_OVER: dict[Any, frozenset[str]] = {
+    kind: frozenset(names.split())
+    for kind, names in {
+        type: "__dict__ __weakref__ __doc__ __module__ __annotations__ __qualname__",
+        Function: "_nodes",
+        keras.optimizers.Optimizer: "_trainable_variables_indices",
+        keras.Model: "train_function test_function predict_function history stop_training "
+        "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
+        "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",
+        keras.Layer: "_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses",
+        tf.__internal__.tracking.AutoTrackable: "_self_unconditional_checkpoint_dependencies "
+        "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
+        "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
+        "_self_setattr_tracking",
+    }.items()
+}
+# Those of our own and Keras's classes that make state or act outside of steps. A subclass
+# may read them in a step.
+_OUTSIDE: list[tuple[Any, set[str]]] = [
+    (keras.Layer, {"seed"}),
+    (keras.Initializer, {"seed", "_init_seed"}),
+    (GradientHook, {"seed", "_structure"}),
+    (Freezing, {"epochs", "steps", "uses_step_count", "_last_chosen"}),
+    (GradualUnfreezing, {"every", "_last_chosen"}),
+]
+_NUMBERS_OF_SCHEDULE = ("initial_learning_rate", "end_learning_rate", "warmup_target")
 _MAX_TOKENS = 300_000
-Path = tuple[Any, str]
+Children = list[tuple[str, Any]]
 
 
 class Incomparable(Exception):
@@ -84,9 +101,10 @@ class Fingerprint:
 
     Attributes:
         tokens: two models with equal ones are taken to have the same step.
-        variables: all that the walk came across, in its order, and numbers of learning
-            rate schedules, as `tf.Variable`s.
+        variables: all that the walk came across, as `tf.Variable`s, in its order.
         names: of the variables.
+        numbers: of learning rate schedules: a schedule, an attribute, and a variable for
+            it, which is among `variables`.
 
     Raises:
         Incomparable: when the model shares no trace.
@@ -96,16 +114,24 @@ class Fingerprint:
         self.tokens: list[Any] = []
         self.variables: list[tf.Variable] = []
         self.names: list[str] = []
-        # Numbers of schedules: a schedule, an attribute, and the variable for it.
         self.numbers: list[tuple[Any, str, tf.Variable]] = []
         self._paths: list[Any] = []
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []
-        self._walk(_parts(model))
+        # Not by recursion: there may be long chains of objects.
+        todo: list[Any] = [((None, name), part) for name, part in reversed(_parts(model).items())]
+        while todo:
+            path, value = todo.pop()
+            token, children = self._visit(value)
+            self.tokens.append(token)
+            self._paths.append(path)
+            if len(self.tokens) > _MAX_TOKENS:
+                raise Incomparable(f"there is more to {_text(path)} than can be compared")
+            todo += [((path, step), child) for step, child in reversed(children)]
         # A number that is the address of something is no more than its place here.
+        seen = self._seen
         self.tokens = [
-            ("id", self._seen[t[1]]) if t[0] is int and t[1] in self._seen else t
-            for t in self.tokens
+            ("id", seen[t[1]]) if t[0] is int and t[1] in seen else t for t in self.tokens
         ]
         self._kept.clear()
 
@@ -113,68 +139,60 @@ class Fingerprint:
         """Returns where the first difference from another one is, `""` where there is none."""
         for mine, theirs, path in zip(self.tokens, other.tokens, self._paths, strict=False):
             if mine != theirs:
-                return f"{_text(path)}: {_shown(mine)} is not {_shown(theirs)}"
+                return f"{_text(path)}: {mine[-1]!r:.60} is not {theirs[-1]!r:.60}"
         return "" if len(self.tokens) == len(other.tokens) else "one of them has more parts"
 
-    def _walk(self, parts: dict[str, Any]) -> None:
-        todo = [((None, name), part) for name, part in reversed(parts.items())]
-        while todo:
-            path, value = todo.pop()
-            token, children = self._visit(path, value)
-            self.tokens.append(token)
-            self._paths.append(path)
-            if len(self.tokens) > _MAX_TOKENS:
-                raise Incomparable(f"there is more to {_text(path)} than can be compared")
-            todo += [((path, step), child) for step, child in reversed(children)]
-
-    def _visit(self, path: Any, value: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    def _visit(self, value: Any) -> tuple[tuple[Any, ...], Children]:
         """Returns the token of a value, and what is to be visited next."""
         kind = type(value)
         if kind in _PLAIN:
             return (kind, repr(value) if kind in (float, complex) else value), []
-        if isinstance(value, types.ModuleType):
+        if issubclass(kind, types.ModuleType):
             return ("module", value.__name__), []
         if issubclass(kind, _BY_REPR):
-            state = value.bit_generator.state if kind is np.random.Generator else value
-            return (kind.__name__, repr(state)), []
+            return (kind.__name__, repr(value)), []
         if kind.__module__ == _WRAPPERS:
             value = list(value) if isinstance(value, list) else value.__wrapped__
             kind = type(value)
-        if kind is tuple:
-            return ("tuple", len(value)), _items(value)
-        if id(value) in self._seen:
-            return ("seen", self._seen[id(value)]), []
-        self._seen[id(value)] = len(self._seen)
-        self._kept.append(value)
-        for cls, visit in _VISITS:
-            if issubclass(kind, cls):
-                return visit(self, path, value)
+        if kind is not tuple:
+            if id(value) in self._seen:
+                return ("seen", self._seen[id(value)]), []
+            self._seen[id(value)] = len(self._seen)
+            self._kept.append(value)
+        if issubclass(kind, keras.Variable | tf.Variable):
+            return self._variable(value)
+        if issubclass(kind, types.FunctionType):
+            return self._function(value)
+        if issubclass(kind, type):
+            known = _is_known(value)
+            members = [] if known else _without(type, sorted(vars(value).items()))
+            bases = [] if known else [("<class>", kind), ("<bases>", value.__bases__)]
+            return ("class", value.__module__, value.__qualname__), [*bases, *members]
+        for asked, names in _ASKED.items():
+            if issubclass(kind, asked):
+                return (asked.__name__,), [(f".{n}", getattr(value, n)) for n in names]
+        if issubclass(kind, tf.Tensor):
+            value = value.numpy() if hasattr(value, "numpy") else str(value.shape)
         return self._object(value)
 
-    def _variable(self, path: Any, variable: Any) -> Any:
+    def _variable(self, variable: Any) -> Any:
         raw = variable if isinstance(variable, tf.Variable) else variable._value
-        if not isinstance(raw, tf.Variable) or not hasattr(raw, "handle"):
-            raise Incomparable(f"the variable {_text(path)} has no value, or several")
-        self._seen.setdefault(id(raw), len(self._seen))
-        self.variables.append(raw)
         name = getattr(variable, "path", variable.name)
-        self.names.append(name)
+        if not isinstance(raw, tf.Variable) or not hasattr(raw, "handle"):
+            raise Incomparable(f"the variable {name!r} has no value, or several")
+        self._seen.setdefault(id(raw), len(self._seen))
+        self._add_variable(raw, name)
         dtype = keras.backend.standardize_dtype(variable.dtype)
-        token = (name, tuple(variable.shape), dtype, variable.trainable)
-        return ("variable", token), [
-            (f".{n}", getattr(variable, n, None)) for n in ("constraint", "regularizer")
-        ]
+        more = [(f".{n}", getattr(variable, n, None)) for n in ("constraint", "regularizer")]
+        return ("variable", (name, tuple(variable.shape), dtype, variable.trainable)), more
 
-    def _class(self, path: Any, cls: Any) -> Any:
-        token = ("class", cls.__module__, cls.__qualname__)
-        if _is_known(cls):
-            return token, []
-        members = [(f".{n}", v) for n, v in sorted(vars(cls).items()) if n not in _OF_CLASS]
-        return token, [(".__class__", type(cls)), (".__bases__", cls.__bases__), *members]
+    def _add_variable(self, variable: tf.Variable, name: str) -> None:
+        self.variables.append(variable)
+        self.names.append(name)
 
-    def _function(self, path: Any, function: Any) -> Any:
-        code = function.__code__
-        children: list[tuple[str, Any]] = []
+    def _function(self, function: Any) -> Any:
+        code, around = function.__code__, function.__globals__
+        children: Children = []
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
                 children.append((f"<{name}>", cell.cell_contents))
@@ -182,8 +200,7 @@ class Fingerprint:
                 children.append((f"<{name}>", "not set"))
         for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             children.append((f".{name}", getattr(function, name)))
-        around = function.__globals__
-        if str(around.get("__name__")).partition(".")[0] not in _KNOWN:
+        if not _is_known_module(around.get("__name__")):
             names = _names(code)
             for name in sorted(names & around.keys()):
                 value = around[name]
@@ -193,115 +210,62 @@ class Fingerprint:
                     children += [(f"<{name}>.{n}", vars(value)[n]) for n in asked]
         return ("function", code), children
 
-    def _mapping(self, path: Any, value: Any) -> Any:
-        items = [(f"[{key!r:.40}]", (key, item)) for key, item in dict.items(value)]
-        return ("dict", len(items)), [*items, *self._beyond(value)]
-
-    def _sequence(self, path: Any, value: Any) -> Any:
-        base = next(cls for cls in (list, tuple, deque, set, frozenset) if isinstance(value, cls))
-        items = list(base.__iter__(value))
-        if base in (set, frozenset):
-            items = sorted(items, key=lambda item: repr(item) if type(item) in _PLAIN else "")
-        return ("items", len(items)), [*_items(items), *self._beyond(value)]
-
-    def _array(self, path: Any, value: Any) -> Any:
-        plain = np.asarray(value)
-        digest = None if plain.dtype.hasobject else hashlib.sha256(plain.tobytes()).digest()
-        return ("array", plain.dtype.str, plain.shape, digest), self._beyond(value)
-
-    def _tensor(self, path: Any, value: Any) -> Any:
-        if not hasattr(value, "numpy") or value.dtype in (tf.resource, tf.variant):
-            return ("tensor", value.dtype, str(value.shape)), []
-        return ("tensor",), [(".numpy()", np.asarray(value.numpy()))]
-
     def _object(self, value: Any) -> Any:
+        """Visits a value of any class, by its items, its class and its attributes."""
         cls = type(value)
-        base = next((b for b in (int, float, complex, str, bytes) if isinstance(value, b)), None)
-        token = ("object", cls.__module__, cls.__qualname__, base and base.__repr__(value))
-        if _package(cls) in _OPAQUE or isinstance(value, Runtime | Tracker):
-            return token, []
-        return token, self._beyond(value)
+        items: Children = []
+        content: Any = None
+        if isinstance(value, dict):
+            items = [(f"[{k!r:.40}]", (k, v)) for k, v in dict.items(value)]
+        elif isinstance(value, np.ndarray):
+            plain = np.asarray(value)
+            digest = None if plain.dtype.hasobject else hashlib.sha256(plain.tobytes()).digest()
+            content = plain.dtype.str, plain.shape, digest
+        for base in _SEQUENCES:
+            if isinstance(value, base):
+                items = [(f"[{i}]", item) for i, item in enumerate(base.__iter__(value))]
+        if isinstance(value, set | frozenset):
+            items.sort(key=lambda item: repr(item[1]) if type(item[1]) in _PLAIN else "")
+            items = [("{}", item) for _, item in items]
+        for base in _SCALARS:
+            content = base.__repr__(value) if isinstance(value, base) else content
+        token = ("object", cls.__module__, cls.__qualname__, len(items), content)
+        if _is_known(cls):
+            contained = isinstance(value, dict | list | tuple | set | frozenset | np.ndarray)
+            if contained or _package(cls) in _OPAQUE or isinstance(value, Runtime | Tracker):
+                return token, items
+        else:
+            items.append(("<class>", cls))
+        return token, [*items, *sorted(self._attributes(value).items())]
 
-    def _beyond(self, value: Any) -> list[tuple[str, Any]]:
-        """Returns the class and the attributes of an object."""
-        cls = type(value)
-        known = _is_known(cls)
-        if known and isinstance(value, (dict, list, set, np.ndarray)):
-            return []
-        attributes = dict(_attributes(value))
-        for kind, names in _PASSED_OVER:
+    def _attributes(self, value: Any) -> dict[str, Any]:
+        """Returns the attributes that are to be compared."""
+        found = dict(_stored(value))
+        for kind in _PASSED_OVER:
             if isinstance(value, kind):
-                attributes = {n: v for n, v in attributes.items() if n not in names}
-        if known:
-            attributes = self._without_live(value, attributes)
-        elif isinstance(value, GradientHook):
-            attributes = {n: v for n, v in attributes.items() if n not in value._number_variables}
-        return [
-            *([] if known else [(".__class__", cls)]),
-            *((f".{name}", attributes[name]) for name in sorted(attributes)),
-        ]
-
-    def _without_live(self, value: Any, attributes: dict[str, Any]) -> dict[str, Any]:
-        """Leaves out what is in a variable, or has a part outside of steps only."""
-        left_out: set[str] = set()
-        if isinstance(value, keras.random.SeedGenerator):
-            return {"state": value.state}
-        if isinstance(value, keras.KerasTensor):
-            left_out = {"name"}
-        elif isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-            left_out = {n for n in _NUMBERS_OF_SCHEDULE if type(attributes.get(n)) is float}
-            for name in sorted(left_out):
-                self._number(value, name)
-        elif isinstance(value, GradientHook):
-            left_out = {*value._number_variables, "_structure", "seed"}
-            if isinstance(value, Freezing | GradualUnfreezing):
-                left_out |= {"epochs", "steps", "every", "uses_step_count", "_last_chosen"}
-        elif isinstance(value, GradientMethod):
-            left_out = set(value._live)
-        elif isinstance(value, keras.Layer | keras.Initializer):
-            left_out = {"seed", "_init_seed"}
-        return {n: v for n, v in attributes.items() if n not in left_out}
-
-    def _number(self, schedule: Any, name: str) -> None:
-        number = tf.Variable(getattr(schedule, name), dtype=keras.config.floatx(), trainable=False)
-        self.numbers.append((schedule, name, number))
-        self.variables.append(number)
-        self.names.append(f"{type(schedule).__name__}.{name}")
-
-
-_VISITS: list[tuple[Any, Any]] = [
-    ((keras.Variable, tf.Variable), Fingerprint._variable),
-    (type, Fingerprint._class),
-    (types.FunctionType, Fingerprint._function),
-    (types.MethodType, lambda s, p, v: (("method",), [(".f", v.__func__), (".self", v.__self__)])),
-    (types.CodeType, lambda s, p, v: (("code", v), [])),
-    (
-        types.BuiltinFunctionType,
-        lambda s, p, v: (("builtin", v.__qualname__), [(".self", v.__self__)]),
-    ),
-    ((staticmethod, classmethod), lambda s, p, v: (("wrapped",), [(".f", v.__func__)])),
-    (property, lambda s, p, v: (("property",), [(".get", v.fget), (".set", v.fset)])),
-    (functools.cached_property, lambda s, p, v: (("property",), [(".get", v.func)])),
-    (
-        functools.partial,
-        lambda s, p, v: (("partial",), [(".f", v.func), (".args", v.args), (".kw", v.keywords)]),
-    ),
-    (enum.Enum, lambda s, p, v: (("enum", type(v).__qualname__, v.name), [])),
-    (dict, Fingerprint._mapping),
-    ((list, tuple, deque, set, frozenset), Fingerprint._sequence),
-    (np.ndarray, Fingerprint._array),
-    (tf.Tensor, Fingerprint._tensor),
-    (
-        tf.types.experimental.PolymorphicFunction,
-        lambda s, p, v: (("tf.function",), [(".f", v.python_function)]),
-    ),
-]
+                found = dict(_without(kind, found.items()))
+        live: set[str] = set()
+        if isinstance(value, GradientHook):
+            live |= value._number_variables.keys()
+        if _is_known(type(value)):
+            if isinstance(value, GradientMethod):
+                live |= value._live.keys()
+            if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+                for name in _NUMBERS_OF_SCHEDULE:
+                    if type(found.get(name)) is float:
+                        number = tf.Variable(found[name], dtype=keras.config.floatx())
+                        self.numbers.append((value, name, number))
+                        self._add_variable(number, f"{type(value).__name__}.{name}")
+                        live.add(name)
+            for kind, names in _OUTSIDE:
+                live |= names if isinstance(value, kind) else set()
+        return {f".{name}": item for name, item in found.items() if name not in live}
 
 
 def random_state() -> Any:
     """Returns the state of Python's and NumPy's own random numbers."""
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), name, keys.tobytes(), rest
+    state: Any = np.random.get_state(legacy=False)
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
 
 
 def _parts(model: Any) -> dict[str, Any]:
@@ -311,26 +275,20 @@ def _parts(model: Any) -> dict[str, Any]:
         raise Incomparable("the model is trained under a `tf.distribute` strategy")
     if model.run_eagerly or tf.config.functions_run_eagerly():
         raise Incomparable("with `run_eagerly=True` nothing is traced")
+    config = keras.config
     return {
         type(model).__name__: model,
         "gradient_hooks": list(runtime.hooks),
         "backward": runtime.backward,
-        "micro_batches": runtime.micro_batches,
-        "jit_compile": runtime.jit_compile,
-        "state": own_state(model),
-        "settings": [
-            keras.config.floatx(),
-            keras.config.image_data_format(),
-            keras.config.epsilon(),
-            keras.config.dtype_policy().name,
-            tf.config.optimizer.get_jit() or "",
-        ],
+        "compiled": [runtime.micro_batches, runtime.jit_compile],
+        "state": _own_state(runtime),
+        "settings": [config.floatx(), config.image_data_format(), config.epsilon()],
+        "policy": [config.dtype_policy().name, tf.config.optimizer.get_jit() or ""],
     }
 
 
-def own_state(model: Any) -> dict[str, Any]:
+def _own_state(runtime: Any) -> dict[str, Any]:
     """Returns what our step keeps beside what Keras knows of, by stable names."""
-    runtime = runtime_of(model)
     window, records, reports = runtime.window, runtime.recording.records, runtime._reports
     return {
         "window": window and [window.num_steps, *window.variables],
@@ -339,11 +297,8 @@ def own_state(model: Any) -> dict[str, Any]:
     }
 
 
-def _items(values: Any) -> list[tuple[str, Any]]:
-    return [(f"[{i}]", value) for i, value in enumerate(values)]
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def _stored(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of an object, those in slots too."""
     # Not by `getattr`, which a class may have made its own.
     try:
         yield from object.__getattribute__(value, "__dict__").items()
@@ -358,6 +313,10 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                     continue
 
 
+def _without(kind: Any, attributes: Any) -> Children:
+    return [(name, value) for name, value in attributes if name not in _PASSED_OVER[kind]]
+
+
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """Returns the names that a function, or one inside it, may ask for."""
@@ -365,8 +324,12 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
-def _package(value: Any) -> str:
-    return str(getattr(value, "__module__", "")).partition(".")[0]
+def _is_known_module(name: Any) -> bool:
+    return str(name).partition(".")[0] in _KNOWN
+
+
+def _package(cls: type) -> str:
+    return str(cls.__module__).partition(".")[0]
 
 
 def _is_known(cls: type) -> bool:
@@ -375,16 +338,12 @@ def _is_known(cls: type) -> bool:
 
 def _is_installed(module: types.ModuleType) -> bool:
     file = getattr(module, "__file__", None)
-    return file is None or "site-packages" in file or module.__name__.partition(".")[0] in _KNOWN
+    return file is None or "site-packages" in file or _is_known_module(module.__name__)
 
 
 def _text(path: Any) -> str:
-    steps = []
+    steps: list[str] = []
     while path is not None:
         path, step = path
-        steps.append(step)
-    return "".join(reversed(steps))
-
-
-def _shown(token: Any) -> str:
-    return f"{token[-1]!r:.60}"
+        steps.insert(0, step)
+    return "".join(steps)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
-import types
 import weakref
-from random import random
-from typing import Any
 
 import keras
 import keras_tuner
