@@ -1,8 +1,10 @@
 """Tune a network for handwritten digits with KerasTuner, hooks included.
 
-`tuning.TapeHyperModel` wraps an ordinary build function. It keeps what was traced for one
-trial, so that the next ones begin to train at once. The learning rate and the threshold
-of the clipping are searched; trials that go wrong are failed by `tuning.GradientHealth`.
+`tuning.TapeHyperModel` wraps an ordinary build function. The trials differ in numbers only,
+the learning rate and the threshold of the clipping, so `reuse=True` lets them train with
+what was traced for the first. Trials that go wrong are failed by `tuning.GradientHealth`.
+
+Needs scikit-learn and TensorBoard, which KerasTuner imports: the extra `examples`.
 
     python examples/tune.py
     python examples/tune.py --max-trials 30 --output digits.keras
@@ -42,6 +44,16 @@ def build(hp: keras_tuner.HyperParameters) -> TapeModel:
     return model
 
 
+class Search(keras_tuner.RandomSearch):
+    """A random search that prints each trial when it ends."""
+
+    def on_trial_end(self, trial: keras_tuner.engine.trial.Trial) -> None:
+        super().on_trial_end(trial)
+        ended = self.oracle.get_trial(trial.trial_id)
+        score = "" if ended.score is None else f", val accuracy {ended.score:.4f}"
+        print(f"trial {ended.trial_id}: {ended.status}{score}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-trials", type=int, default=12)
@@ -56,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, x_valid, y, y_valid = train_test_split(x, y, test_size=0.2, random_state=0)
 
     with tempfile.TemporaryDirectory() as directory:
-        hypermodel = tuning.TapeHyperModel(build)
-        tuner = keras_tuner.RandomSearch(
+        hypermodel = tuning.TapeHyperModel(build, reuse=True)
+        tuner = Search(
             hypermodel,
             objective=keras_tuner.Objective("val_accuracy", "max"),
             max_trials=args.max_trials,
@@ -74,9 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print("trial  learning rate  max norm  gradient norm  val accuracy")
         for trial in tuner.oracle.get_best_trials(args.max_trials):
-            if trial.status != "COMPLETED":
-                print(f"{trial.trial_id:>5}  {trial.status}")
-                continue
             values = trial.hyperparameters.values
             norm = trial.metrics.get_best_value("gradient_norm")
             print(

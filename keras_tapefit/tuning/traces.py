@@ -104,9 +104,11 @@ class TracePool:
         return _Execution(self, model, kind, make)
 
     def keep(self, trace: Trace) -> None:
+        """Adds a trace, and lets go of the one that is one too many."""
         self._traces.append(trace)
-        # A kind has a trace for training and one for evaluation.
-        del self._traces[: -2 * self.num_kinds]
+        alike = [kept for kept in self._traces if kept.kind == trace.kind]
+        if len(alike) > self.num_kinds:
+            self._traces.remove(alike[0])
 
     def find(self, fingerprint: Fingerprint, kind: str, spec: Any) -> tuple[Trace | None, str]:
         """Returns a trace for a model like this, or why there is none."""
