@@ -172,7 +172,7 @@ class Fingerprint:
             if issubclass(kind, asked):
                 return (asked.__name__,), [(f".{n}", getattr(value, n)) for n in names]
         if issubclass(kind, tf.Tensor):
-            value = value.numpy() if hasattr(value, "numpy") else str(value.shape)
+            value = np.asarray(value.numpy() if hasattr(value, "numpy") else str(value.shape))
         return self._object(value)
 
     def _variable(self, variable: Any) -> Any:

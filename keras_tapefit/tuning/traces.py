@@ -180,11 +180,11 @@ class _Execution:
 
     def _traced(self, iterator: Any, fingerprint: Fingerprint, entry: str) -> Any:
         """Traces the step, and keeps it for others where it has to do with the model only."""
-        function, before = self._make(), random_state()
-        concrete = _trace(function, iterator, fingerprint)
+        before = random_state()
+        concrete = _trace(self._afresh(), iterator, fingerprint)
         if concrete is None:
             return self._alone(iterator, "the step is not traced as one function")
-        self._found = _runs(concrete, (fingerprint.variables, function))
+        self._found = _runs(concrete, fingerprint.variables)
         try:
             if random_state() != before:
                 raise Incomparable("numbers are drawn with NumPy or `random` while it is traced")
@@ -220,9 +220,10 @@ class _Execution:
             return self._found(check.iterator())
         trace.flaw = f"a model like it was found to be another: {difference}"
         warnings.warn(
-            f"The step that was traced for an earlier trial is not that of this one: {difference}"
-            ". It reads something that is no part of the model: a setting in a module, a file, "
-            "say. The step is traced anew, for this and all further trials of the kind.",
+            f"The step that was traced for an earlier trial is not reused: {difference}. Either "
+            "it reads something that is no part of the model, such as a setting in a module or "
+            "a file, or it cannot be run eagerly. It is traced anew for this trial and all "
+            "further ones of the kind.",
             stacklevel=2,
         )
         self._pool.note(self._kind, f"traced anew: {difference}")

@@ -255,7 +255,9 @@ class Nested(TapeModel):
     def call(self, x):
         h = self.inner(x)
         h = tf.cond(tf.reduce_sum(h) > 0.0, lambda: self.inner(x) * 2.0, lambda: h)
-        h = tf.while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, h * 0.9), (0, h))[1]
+        h = tf.while_loop(
+            lambda i, h: i < 3, lambda i, h: (i + 1, h * 0.9), (0, h), maximum_iterations=3
+        )[1]
         return self.last(self.rnn(tf.stack([h, h], axis=1)))
 
 
@@ -270,6 +272,44 @@ scenario(
     "learning rate, nested functions, steps", lambda v: nested(v, steps_per_execution=2), reused=1
 )
 scenario("learning rate, nested functions, XLA", lambda v: nested(v, jit_compile=True), reused=1)
+
+
+class Custom(TapeModel):
+    """A step of its own, with our tape or without."""
+
+    with_tape = True
+
+    def train_step(self, data):
+        x, y = data
+        with self.gradient_tape() if self.with_tape else tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        if self.with_tape:
+            tape.minimize(loss)
+        else:
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "twice": 2.0 * loss}
+
+
+class CustomWithout(Custom):
+    with_tape = False
+
+
+scenario("learning rate, a custom step", lambda v: dense(optimizer=adam(v), cls=Custom), reused=1)
+scenario(
+    "learning rate, a custom step with a gate",
+    lambda v: dense(
+        optimizer=adam(v),
+        cls=Custom,
+        gradient_hooks=[hooks.SkipNonFinite(), hooks.GradientMonitor()],
+    ),
+    reused=1,
+)
+scenario(
+    "learning rate, a custom step without our tape",
+    lambda v: dense(optimizer=adam(v), cls=CustomWithout),
+    reused=1,
+)
 
 
 def batch_norm(value):
