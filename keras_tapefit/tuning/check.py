@@ -136,6 +136,7 @@ class Check:
 
     def _measure_noise(self, expected: Outcome, afresh: Callable[[Any], Any]) -> None:
         """Finds out what rounding may do: makes the step with slightly other weights."""
+        self._restore()
         draws = np.random.default_rng(0)
         moved = {}
         for i, (variable, before) in enumerate(zip(self._variables, self._before, strict=True)):

@@ -46,6 +46,7 @@ _WRAPPERS = "tensorflow.python.trackable.data_structures"
 _ASKED: dict[Any, tuple[str, ...]] = {
     types.MethodType: ("__func__", "__self__"),
     types.BuiltinFunctionType: ("__qualname__", "__self__"),
+    types.MethodWrapperType: ("__qualname__", "__self__"),
     staticmethod: ("__func__",),
     classmethod: ("__func__",),
     property: ("fget", "fset"),
@@ -68,7 +69,8 @@ _PASSED_OVER: dict[Any, frozenset[str]] = {
         keras.Model: "train_function test_function predict_function history stop_training "
         "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
         "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",
-        keras.Layer: "_auto_config _build_shapes_dict _inbound_nodes _outbound_nodes _losses",
+        keras.Layer: "_called _auto_config _build_shapes_dict _inbound_nodes _outbound_nodes "
+        "_losses",
         tf.__internal__.tracking.AutoTrackable: "_self_unconditional_checkpoint_dependencies "
         "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
         "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
@@ -219,7 +221,7 @@ class Fingerprint:
             items = [(f"[{k!r:.40}]", (k, v)) for k, v in dict.items(value)]
         elif isinstance(value, np.ndarray):
             plain = np.asarray(value)
-            digest = None if plain.dtype.hasobject else hashlib.sha256(plain.tobytes()).digest()
+            digest = None if plain.dtype.hasobject else hashlib.sha256(plain.tobytes()).hexdigest()
             content = plain.dtype.str, plain.shape, digest
         for base in _SEQUENCES:
             if isinstance(value, base):

@@ -532,7 +532,7 @@ class Named(keras.layers.Layer):
         return x * getattr(self, self.attribute)
 
 
-for name in ("_nodes", "_watched", "history", "_tracked", "__x__", "_tapefit_state", "_owners"):
+for name in ("_nodes", "_watched", "history", "__x__", "_tapefit_state", "_owners"):
     scenario(f"a layer with the attribute {name}", lambda v, n=name: dense(Named(n, v)), reused=0)
 
 
