@@ -24,36 +24,43 @@ class Check:
     Args:
         model: the model.
         fingerprint: of the model, which knows its variables.
-        iterator: what the execution is for; its batches are taken from it once.
         noise: by name, how far rounding alone was seen to carry a variable or log entry,
             as a part of its change; added to.
-
-    Raises:
-        StopIteration: when there is no batch.
     """
 
-    def __init__(
-        self, model: Any, fingerprint: Fingerprint, iterator: Any, noise: dict[str, float]
-    ) -> None:
+    def __init__(self, model: Any, fingerprint: Fingerprint, noise: dict[str, float]) -> None:
         self._variables = fingerprint.variables
         self._names = fingerprint.names
         self._noise = noise
+        self._num_batches = model.steps_per_execution
+        self._batches: list[Any] = []
+        self._spec: Any = None
+        self._before = [tf.identity(v) for v in self._variables]
+        dtypes = [tf.as_dtype(layer.compute_dtype) for layer in layers_of(model)]
+        self._epsilon = max([_epsilon(d) for d in dtypes if d.is_floating], default=1e-7)
+
+    def take_batches(self, iterator: Any) -> None:
+        """Takes the batches of the execution, once.
+
+        Raises:
+            StopIteration: when there is none.
+        """
         self._spec = iterator.element_spec
-        self._batches = []
-        for _ in range(model.steps_per_execution):
+        for _ in range(self._num_batches):
             try:
                 self._batches.append(next(iterator))
             except StopIteration:
                 break
         if not self._batches:
             raise StopIteration
-        self._before = [tf.identity(v) for v in self._variables]
-        dtypes = [tf.as_dtype(layer.compute_dtype) for layer in layers_of(model)]
-        self._epsilon = max([_epsilon(d) for d in dtypes if d.is_floating], default=1e-7)
 
     def iterator(self) -> Any:
         """Returns a new iterator over the batches of the execution."""
-        return self._over(self._batches)
+        try:
+            return self._over(self._batches)
+        except Exception:
+            # Of a kind that a dataset cannot hold; Keras takes any iterator.
+            return iter(self._batches)
 
     def compare(self, lent: Callable[[Any], Any], afresh: Callable[[Any], Any]) -> str | None:
         """Makes the step twice; the state is afterwards what it was before.

@@ -124,12 +124,12 @@ class TracePool:
             why = why or difference
         return None, why
 
-    def note(self, kind: str, entry: str) -> None:
-        """Adds an entry to the history."""
+    def note(self, kind: str, entry: str, unlike: bool = False) -> None:
+        """Adds an entry to the history; of evaluations what the check found only."""
         if kind == "train":
             self.history.append(entry)
-        elif not entry.startswith(("traced", "reused")):
-            self.history.append(f"evaluation: {entry}")
+        elif unlike:
+            self.history.append(f"evaluation {entry}")
 
 
 class _Execution:
@@ -181,9 +181,11 @@ class _Execution:
     def _traced(self, iterator: Any, fingerprint: Fingerprint, entry: str) -> Any:
         """Traces the step, and keeps it for others where it has to do with the model only."""
         before = random_state()
-        concrete = _trace(self._afresh(), iterator, fingerprint)
-        if concrete is None:
-            return self._alone(iterator, "the step is not traced as one function")
+        try:
+            concrete = _trace(self._afresh(), iterator, fingerprint)
+        except Exception as reason:
+            # Where it is the user's, it is raised again.
+            return self._alone(iterator, reason)
         self._found = _runs(concrete, fingerprint.variables)
         try:
             if random_state() != before:
@@ -211,9 +213,13 @@ class _Execution:
 
     def _checked(self, iterator: Any, trace: Trace, fingerprint: Fingerprint) -> Any:
         """Makes the first execution by a trace of an earlier model, and checks it."""
-        check = Check(self._model, fingerprint, iterator, trace.noise)
-        checked = trace.uncompiled or trace
-        difference = check.compare(checked.lend(fingerprint.variables), self._afresh())
+        try:
+            check = Check(self._model, fingerprint, trace.noise)
+        except Exception as reason:
+            return self._alone(iterator, reason)
+        check.take_batches(iterator)
+        checked = (trace.uncompiled or trace).lend(fingerprint.variables)
+        difference = check.compare(checked, self._afresh())
         if difference is None:
             self._found = trace.lend(fingerprint.variables)
             self._pool.note(self._kind, "reused")
@@ -226,16 +232,16 @@ class _Execution:
             "further ones of the kind.",
             stacklevel=2,
         )
-        self._pool.note(self._kind, f"traced anew: {difference}")
+        self._pool.note(self._kind, f"traced anew: {difference}", unlike=True)
         self._found = self._afresh()
         return self._found(check.iterator())
 
 
 def _trace(function: Callable[[Any], Any], iterator: Any, fingerprint: Fingerprint) -> Any:
-    """Returns the concrete function in Keras's function of an iterator, `None` without one."""
+    """Returns the concrete function in Keras's function of an iterator."""
     inner = inspect.getclosurevars(function).nonlocals.get("multi_step_on_iterator")
     if not isinstance(inner, tf.types.experimental.PolymorphicFunction):
-        return None
+        raise Incomparable("the step is not traced as one function")
     with _numbers_in(fingerprint):
         return inner.get_concrete_function(iterator)
 

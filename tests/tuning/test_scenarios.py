@@ -312,12 +312,12 @@ scenario(
 )
 
 
-def batch_norm(value):
+def batch_norm(value, loss="mse"):
     # The gradient of the bias in front of it is rounding, which Adam makes large.
     inputs = keras.Input((4,))
     h = keras.layers.BatchNormalization()(keras.layers.Dense(5)(inputs))
     model = TapeModel(inputs, keras.layers.Dense(1)(keras.layers.ReLU()(h)))
-    model.compile(adam(value), "mse")
+    model.compile(adam(value), loss)
     return model
 
 
@@ -505,6 +505,16 @@ for loss, said in [
     )
 
 
+scenario(
+    "a loss from the environment beside a gradient that is rounding only",
+    lambda v: batch_norm(1.0, from_environment),
+    fit_elsewhere,
+    values=(1.0, 1.0, 0.9999),
+    reused=1,
+    warned=True,
+)
+
+
 class OnlyInEvaluation(keras.layers.Layer):
     def call(self, x, training=False):
         return x if training else x * float(os.environ.get("TAPEFIT_TEST_RATE", 1.0))
@@ -517,7 +527,7 @@ scenario(
     values=(1.0, 1.0, 0.5),
     reused=2,
     warned=True,
-    said="evaluation: traced anew",
+    said="evaluation traced anew: after the first step",
 )
 
 
