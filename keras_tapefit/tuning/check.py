@@ -129,6 +129,10 @@ class Check:
         return None
 
     def _agree(self, name: str, value: Any, before: Any, other: Any) -> bool:
+        if name.startswith("the variable 'compile_loss/"):
+            # Keras weighs the loss of an output by the size of a batch where it knows it,
+            # which it does not while tracing. The log entries tell.
+            return True
         if value.dtype != other.dtype or value.shape != other.shape:
             return False
         if not tf.as_dtype(value.dtype).is_floating:

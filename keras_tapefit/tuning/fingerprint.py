@@ -70,7 +70,7 @@ _PASSED_OVER: dict[Any, frozenset[str]] = {
         "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
         "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",
         keras.Layer: "_called _auto_config _build_shapes_dict _inbound_nodes _outbound_nodes "
-        "_losses",
+        "_losses _tracked is_awq_calibrated is_gptq_calibrated",
         tf.__internal__.tracking.AutoTrackable: "_self_unconditional_checkpoint_dependencies "
         "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
         "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
@@ -141,7 +141,8 @@ class Fingerprint:
         """Returns where the first difference from another one is, `""` where there is none."""
         for mine, theirs, path in zip(self.tokens, other.tokens, self._paths, strict=False):
             if mine != theirs:
-                return f"{_text(path)}: {mine[-1]!r:.60} is not {theirs[-1]!r:.60}"
+                one, other = (t[1:] if mine[-1] == theirs[-1] else t[-1] for t in (mine, theirs))
+                return f"{_text(path)}: {one!r:.60} is not {other!r:.60}"
         return "" if len(self.tokens) == len(other.tokens) else "one of them has more parts"
 
     def _visit(self, value: Any) -> tuple[tuple[Any, ...], Children]:

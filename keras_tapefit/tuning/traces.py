@@ -114,7 +114,10 @@ class TracePool:
         """Returns a trace for a model like this, or why there is none."""
         why = ""
         for trace in reversed(self._traces):
-            if (trace.kind, trace.spec) != (kind, spec):
+            if trace.kind != kind:
+                continue
+            if trace.spec != spec:
+                why = why or "the batches have other shapes"
                 continue
             difference = fingerprint.difference(trace.fingerprint)
             if not difference:
@@ -151,7 +154,8 @@ class _Execution:
     def __call__(self, iterator: Any) -> Any:
         if self._found is not None and getattr(iterator, "element_spec", None) == self._spec:
             return self._found(iterator)
-        if self._found is not None or not isinstance(iterator, tf.data.Iterator):
+        of_dataset = tf.data.Iterator, tf.distribute.DistributedIterator
+        if self._found is not None or not isinstance(iterator, of_dataset):
             return self._afresh()(iterator)
         self._spec = iterator.element_spec
         try:

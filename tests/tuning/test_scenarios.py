@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tapefit import TapeModel, backward, hooks, tuning
+from keras_tapefit import TapeModel, TapeSequential, backward, callbacks, hooks, tuning
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(44, 4)).astype("float32")
@@ -322,6 +322,132 @@ def batch_norm(value, loss="mse"):
 
 
 scenario("learning rate, a gradient that is rounding only", batch_norm, reused=1)
+
+
+# The data, and what is done with a model beside `fit`.
+def unknown_length():
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).filter(lambda x, y: x[0] > -1.0)
+    return data.batch(16)
+
+
+class Generated(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        part = slice(16 * index, 16 * index + 16)
+        return X[part], Y[part], np.linspace(0.0, 1.0, len(X[part]), dtype="float32")
+
+
+def fit_on(data, **kwargs):
+    def train(model, value):
+        return model.fit(data(), epochs=2, verbose=0, **kwargs).history
+
+    return train
+
+
+def fit_and_more(model, value):
+    first = model.train_on_batch(X[:7], Y[:7])
+    history = fit(model, value, sample_weight=np.abs(X[:, 0]), validation_data=(X[:9], Y[:9]))
+    return first, history, model.train_on_batch(X[:7], Y[:7]), model.predict(X, verbose=0).tolist()
+
+
+class Freezes(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        (self.model.freeze if epoch % 2 else self.model.unfreeze)("dense/*")
+
+
+def fit_freezing(model, value):
+    return fit(model, value, epochs=4, callbacks=[Freezes()])
+
+
+def fit_recorded(model, value):
+    history = callbacks.GradientHistory()
+    return fit(model, value, callbacks=[history]), repr(history.to_numpy())
+
+
+def noisy(value, **kwargs):
+    return dense(keras.layers.GaussianNoise(0.1), optimizer=adam(value), **kwargs)
+
+
+scenario("unknown length", noisy, fit_on(unknown_length), reused=1)
+scenario(
+    "unknown length, several steps",
+    lambda v: noisy(v, steps_per_execution=2),
+    fit_on(unknown_length),
+    reused=1,
+)
+scenario(
+    "steps of an epoch",
+    noisy,
+    fit_on(lambda: unknown_length().repeat(), steps_per_epoch=3),
+    reused=1,
+)
+scenario("a PyDataset with weights", noisy, fit_on(Generated), reused=1)
+scenario("batches by hand too", noisy, fit_and_more, reused=1)
+scenario("frozen and unfrozen by a callback", noisy, fit_freezing, reused=2)
+scenario(
+    "recorded",
+    lambda v: noisy(v, gradient_hooks=[hooks.GlobalNormClipping(v)]),
+    fit_recorded,
+    reused=1,
+)
+
+
+def recurrent(value):
+    model = TapeSequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Discretization(bin_boundaries=[-1.0, 0.0, 1.0]),
+            keras.layers.Embedding(4, 3),
+            keras.layers.LSTM(3, recurrent_dropout=0.1),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(adam(value), "mse", gradient_hooks=[hooks.PercentileClipping(50)])
+    return model
+
+
+def mixed(value):
+    model = dense(keras.layers.Dense(3, dtype="mixed_float16"), optimizer=adam(value))
+    return model
+
+
+SHARED: list[Any] = []
+
+
+def sharing(value):
+    if not COUNTER[0]:
+        SHARED[:] = [keras.layers.Dense(3, name="shared")]
+    COUNTER[0] += 1
+    return dense(SHARED[0], optimizer=adam(value))
+
+
+def private(value):
+    method = backward.PerExampleClipping(value, noise_multiplier=0.1, seed=0)
+    return dense(optimizer=adam(1.0), backward=method)
+
+
+scenario("an Embedding and an LSTM", recurrent, reused=1)
+scenario("mixed_float16", mixed, reused=1)
+scenario("a layer of all trials", sharing)
+scenario("private", private, reused=None)
+scenario(
+    "two outputs",
+    lambda v: two_outputs(v),
+    lambda m, v: m.fit(X, {"a": Y, "b": X[:, :2]}, epochs=2, verbose=0).history,
+    reused=1,
+)
+
+
+def two_outputs(value):
+    inputs = keras.Input((4,))
+    h = keras.layers.Dense(3)(inputs)
+    a, b = keras.layers.Dense(1, name="a")(h), keras.layers.Dense(2, name="b")(h)
+    model = TapeModel(inputs, {"a": a, "b": b})
+    losses, weights = {"a": "mse", "b": "mae"}, {"a": 1.0, "b": 0.5}
+    model.compile(adam(value), losses, loss_weights=weights, metrics={"a": ["mae"]})
+    return model
 
 
 # T1: functions of the model that live on.

@@ -154,7 +154,10 @@ def test_a_hyper_model_with_a_fit_of_its_own(search, light, data):
     hypermodel = tuning.TapeHyperModel(Own(), reuse=True)
     tuner = search(hypermodel, max_trials=3)
     tuner.search(*data, verbose=0)
-    assert hypermodel.history[0] == "traced" and set(hypermodel.history[1:]) == {"reused"}
+    # A trace is for batches of one shape.
+    assert hypermodel.history[0] == "traced" and len(hypermodel.history) == 3
+    others = {"reused", "traced: the batches have other shapes"}
+    assert set(hypermodel.history[1:]) <= others
 
 
 def test_models_of_trials_die(search, light, data):
