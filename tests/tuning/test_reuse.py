@@ -303,6 +303,25 @@ def test_private_names_mean_what_they_did(light, data):
     assert concrete.captured_inputs and concrete.graph._function_captures.by_val_external
 
 
+def test_the_parts_of_the_search_space_are_reused(data):
+    """Eight kinds of clipping times three gates: all may be kept."""
+
+    def build(hp):
+        inputs = keras.Input((4,))
+        model = TapeModel(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        return model
+
+    hypermodel = tuning.TapeHyperModel(build, reuse=True, parts=("clipping", "gate"))
+    kinds = [("norm", "none"), ("value", "spikes"), ("norm", "non_finite"), ("adaptive", "none")]
+    for clipping, gate in kinds + kinds:
+        values = {"gradient_hooks/clipping": clipping, "gradient_hooks/gate": gate}
+        train(fresh(hypermodel, **values), data, epochs=1, validation_data=None)
+    found = [entry.partition(":")[0] for entry in hypermodel.history]
+    assert found == ["traced"] * 4 + ["reused"] * 4
+    assert hypermodel._pool.num_kinds >= len(tuning.search_space.CLIPPING) * 3
+
+
 def test_arguments_are_checked(build):
     with pytest.raises(TypeError, match="`build` must be a function"):
         tuning.TapeHyperModel(3)
