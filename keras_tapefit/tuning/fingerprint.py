@@ -6,8 +6,10 @@ methods. What lives in variables is no part of it. What cannot be looked into is
 over: the first step of the model tells (see `keras_tapefit.tuning.check`).
 
 Private names used here: attributes of Keras objects that say nothing about a step
-(`_PASSED_OVER`). Checked with Keras 3.15.1; `tests/tuning/test_reuse.py` fails when they
-change.
+(`_PASSED_OVER`, `_OUTSIDE`), `keras.Variable._value`, `KerasTensor._keras_history`,
+`Model._distribute_strategy`, the classes `Function` and `Tracker` of Keras, and where
+TensorFlow has its containers (`_WRAPPERS`). Checked with Keras 3.15.1 and TensorFlow 2.21;
+`tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Existing build functions with hooks to tune, and with traces that last."""
+"""Existing build functions with hooks to tune, and with traces that are reused."""
 
 from __future__ import annotations
 

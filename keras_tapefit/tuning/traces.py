@@ -6,7 +6,7 @@ owner, and no model outlives its trial.
 
 Private names used here: `FuncGraph._function_captures`, `op_def_registry`, and of Keras's
 function for an execution the inner one, `multi_step_on_iterator`. Checked with Keras 3.15.1
-and TensorFlow 2.21; `tests/tuning/test_traces.py` fails when they change.
+and TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
