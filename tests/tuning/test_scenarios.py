@@ -896,13 +896,56 @@ scenario("an object that raises", holding(Hostile), reused=1)
 scenario("a dict with a key that raises", holding(lambda: {("a", 1): Hostile()}), reused=1)
 
 
+# Of several kinds at once.
+scenario(
+    "a loss from a file, several steps, a gate",
+    lambda v: dense(
+        keras.layers.Dropout(0.2),
+        loss=from_file,
+        steps_per_execution=2,
+        gradient_hooks=[hooks.SkipNonFinite(), hooks.GradientMonitor()],
+    ),
+    fit_elsewhere,
+    values=(1.0, 1.0, 0.999),
+    reused=1,
+    warned=True,
+)
+scenario(
+    "a layer that counts, several steps, micro-batches",
+    lambda v: dense(Counts(), optimizer=adam(v), steps_per_execution=2, micro_batches=2),
+    reused=0,
+)
+scenario(
+    "clipnorm set in on_epoch_begin, a schedule, accumulated",
+    lambda v: dense(
+        optimizer=keras.optimizers.SGD(
+            keras.optimizers.schedules.ExponentialDecay(0.1 * v, 3, 0.9),
+            clipnorm=1.0,
+            gradient_accumulation_steps=2,
+        )
+    ),
+    set_in("on_epoch_begin", lambda m: m.optimizer, "clipnorm"),
+    values=(0.5, 0.1, 0.1),
+    reused=1,
+)
+
+
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("TAPEFIT_TEST_DIRECTORY", str(tmp_path))
     monkeypatch.delenv("TAPEFIT_TEST_RATE", raising=False)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+# Compiled by XLA, or like others that are tried every day.
+SLOW = ("XLA", "inside Co", "inside Po", "inside In", "on_epoch_begin", "nested functions,")
+
+
+def marked(name):
+    is_slow = any(part in name for part in SLOW)
+    return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
+
+
+@pytest.mark.parametrize("name", map(marked, SCENARIOS))
 def test_reuse_changes_nothing(name):
     scenario = SCENARIOS[name]
     with warnings.catch_warnings(record=True) as caught:
