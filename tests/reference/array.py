@@ -39,10 +39,10 @@ LEFT_OUT: list[tuple[str, set[str], str, set[str], str]] = [
     ("loss", HEADS, "weights", _set("class"), "Keras has class weights for one output only"),
     (
         "loss",
-        _set("ignore_class"),
+        _set("ignore_class", "masked"),
         "weights",
         _set("class"),
-        "Keras takes the last axis of labels for that of the classes",
+        "Keras has class weights for one label an example only",
     ),
     (
         "model",
@@ -79,6 +79,7 @@ LEFT_OUT: list[tuple[str, set[str], str, set[str], str]] = [
         REPLICAS,
         "Keras gives each replica all of the batch of `train_on_batch`",
     ),
+    ("optimizer", _set("Muon"), "dtype", _set("float64"), "Keras's Muon fails in float64"),
     (
         "optimizer",
         _set("AdamW EMA"),

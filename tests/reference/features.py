@@ -62,7 +62,7 @@ def _mean(y: Any, y_pred: Any, weights: Any) -> Any:
         weights = weights["end"]
     if weights is not None:
         weights = tf.cast(weights, errors.dtype)
-        errors *= weights if weights.shape.rank == 2 else weights[:, None]
+        errors *= weights if errors.shape.rank == 1 else weights[:, None]
     return tf.reduce_mean(errors)
 
 
@@ -138,41 +138,46 @@ class Scale(layers.Layer):
 class Net(TapeModel):
     """The model as a subclass, bare variable or not."""
 
-    def __init__(self, loss, bare=False, **kwargs):
+    def __init__(self, loss, bare=False, pooled=False, **kwargs):
         super().__init__(**kwargs)
         self.loss_name = loss
         self.has_bare = bare
-        self.front, self.hidden, self.after, self.heads = _layers(loss)
+        self.pooled = pooled
+        self.front, self.hidden, self.after, self.heads = _layers(loss, pooled)
         self.head_names = [head.name for head in self.heads]
         if bare:
             self.bare = tf.Variable([1.0, 0.7, 1.3, 0.9], name="bare", dtype=keras.config.floatx())
 
     def call(self, x):
         h = x
-        for layer in [*self.front, self.hidden, *self.after]:
+        for layer in [*self.front, self.hidden]:
             h = layer(h)
         if self.has_bare:
             h = h * tf.cast(self.bare, h.dtype)
+        for layer in self.after:
+            h = layer(h)
         found = {name: head(h) for name, head in zip(self.head_names, self.heads, strict=True)}
         return found if len(found) > 1 else found["end"]
 
     def get_config(self):
-        return {**super().get_config(), "loss": self.loss_name, "bare": self.has_bare}
+        own = {"loss": self.loss_name, "bare": self.has_bare, "pooled": self.pooled}
+        return {**super().get_config(), **own}
 
 
-def _layers(loss: str) -> Any:
+def _layers(loss: str, pooled: bool) -> Any:
     """The layers before the hidden one, that one, those after it, and the outputs."""
     what = LOSSES[loss]
     regularizer = keras.regularizers.L2(what.regularizer) if what.regularizer else None
     front = [layers.Masking(name="mask")] if what.terms[0].masked else []
     hidden = layers.Dense(4, activation="tanh", kernel_regularizer=regularizer, name="hidden")
     after = [Activity(name="activity")] if what.activity else []
+    after += [layers.GlobalAveragePooling1D(name="pool")] if pooled else []
     heads = [layers.Dense(2, name=term.head) for term in what.terms]
     return front, hidden, after, heads
 
 
-def _functional(loss: str, model: str) -> Any:
-    front, hidden, after, heads = _layers(loss)
+def _functional(loss: str, model: str, pooled: bool) -> Any:
+    front, hidden, after, heads = _layers(loss, pooled)
     inputs = keras.Input((3, 4), name="x")
     if model == "embedding":
         inputs = keras.Input((3,), dtype="int32", name="x")
@@ -200,17 +205,17 @@ def _functional(loss: str, model: str) -> Any:
 
 def build(row: Row) -> Any:
     """Makes the model of a row."""
-    kind, loss = row["model"], row["loss"]
+    kind, loss, pooled = row["model"], row["loss"], row["weights"] == "class"
     if kind.startswith("sequential"):
-        front, hidden, after, heads = _layers(loss)
+        front, hidden, after, heads = _layers(loss, pooled)
         first = [keras.Input((3, 4))] if kind == "sequential" else []
         return _kind(TapeSequential, loss)([*first, *front, hidden, *after, *heads])
     if kind.startswith("subclass") or kind == "bare variables":
-        model = _kind(Net, loss)(loss, bare=kind == "bare variables")
+        model = _kind(Net, loss)(loss, kind == "bare variables", pooled)
         if kind == "subclass":
             model(np.zeros((1, 3, 4), "float32"))
         return model
-    return _functional(loss, kind)
+    return _functional(loss, kind, pooled)
 
 
 MODELS = [
@@ -268,9 +273,10 @@ def arrays(row: Row) -> dict[str, np.ndarray]:
             weights = WEIGHTS if i == 0 else WEIGHTS[::-1]
             found[f"weight/{term.head}"] = weights[:n].astype(dtype)
         if row["weights"] == "class":
-            # Keras takes the last axis for that of the classes.
-            weights = np.where(Y[i].argmax(-1) == 0, CLASS_WEIGHT[0], CLASS_WEIGHT[1])
-            found[f"weight/{term.head}"] = weights[:n]
+            # Of a whole sequence: of one time.
+            found[f"y/{term.head}"] = y[:n, :1].copy()
+            is_first = Y[i][:n, 0].argmax(-1) == 0
+            found[f"weight/{term.head}"] = np.where(is_first, CLASS_WEIGHT[0], CLASS_WEIGHT[1])
     if row["hook"] == "gate" and n > BAD:
         place = "x" if not by_token else f"y/{LOSSES[row['loss']].terms[-1].head}"
         if found[place].dtype.kind == "f":
@@ -294,6 +300,8 @@ def _nested(row: Row) -> tuple[Any, ...]:
     weights = {h: found[f"weight/{h}"] for h in heads} if row["weights"] == "sample" else None
     if len(heads) == 1 and row["model"] != "dict outputs":
         y, weights = y["end"], weights and weights["end"]
+    if row["weights"] == "class":
+        y = y[:, 0]
     return (found["x"], y) if weights is None else (found["x"], y, weights)
 
 
@@ -686,5 +694,8 @@ def expected(row: Row, given: dict[str, np.ndarray]) -> reference.Result:
         ema=EMA if name == "AdamW EMA" else None,
         ends=ends,
         leftovers=row["break"] != "mid-epoch",
+        pooled=row["weights"] == "class",
+        # Keras's Muon has a factor in float32.
+        dtype="float32" if name == "Muon" else "float64",
     )
     return reference.run(training, given)

@@ -44,9 +44,12 @@ def hidden(model: str, w: dict[str, Any], x: Any) -> Any:
     return h
 
 
-def outputs(model: str, w: dict[str, Any], x: Any, heads: Sequence[str]) -> dict[str, Any]:
+def outputs(t: Training, w: dict[str, Any], x: Any) -> dict[str, Any]:
     """The outputs by their layers' names, `[examples, times, 2]`."""
-    h = hidden(model, w, x)
+    h = hidden(t.model, w, x)
+    if t.pooled:
+        h = tf.reduce_mean(h, axis=1, keepdims=True)
+    heads = [term.head for term in t.loss.terms]
     return {name: h @ w[f"{name}/kernel"] + w[f"{name}/bias"] for name in heads}
 
 
@@ -115,7 +118,7 @@ def sums(term: Term, batch: Batch, y_pred: Any) -> tuple[Any, Any]:
 
 def loss_of(t: Training, w: dict[str, Any], batch: Batch, active: set[str]) -> tuple[Any, Any]:
     """Returns the loss, and each term's own mean by the name of its output."""
-    y_pred = outputs(t.model, w, batch["x"], [term.head for term in t.loss.terms])
+    y_pred = outputs(t, w, batch["x"])
     total, own = tf.constant(0.0, tf.float64), {}
     for term in t.loss.terms:
         n, d = sums(term, batch, y_pred[term.head])
@@ -193,6 +196,8 @@ class Training:
             `fit`, or `None`.
         ends: the epochs after which a `fit` ends.
         leftovers: whether an epoch's end ends a window.
+        pooled: whether outputs are of the mean over times: of one time.
+        dtype: of the weights; gradients are float64.
     """
 
     model: str
@@ -208,6 +213,8 @@ class Training:
     ema: float | None = None
     ends: Sequence[int] = ()
     leftovers: bool = True
+    pooled: bool = False
+    dtype: str = "float64"
 
 
 @dataclass
@@ -297,7 +304,7 @@ class _Loop:
 
     def gradients(self, batch: Batch, active: set[str]) -> tuple[Arrays, float, dict[str, float]]:
         """Returns the gradients of the loss on a batch, the loss, and its terms."""
-        w = {name: tf.constant(v.numpy()) for name, v in self.variables.items()}
+        w = {name: tf.constant(v.numpy(), tf.float64) for name, v in self.variables.items()}
         gradients, loss, own = self.gradients_at(w, batch, active)
         if self.t.uphill:
             factor = self.t.uphill / norm(gradients)
@@ -340,7 +347,7 @@ class _Loop:
         for i, optimizer in enumerate(self.optimizers):
             names = [name for name in gradients if self.owner[name] == i]
             if names:
-                values = [tf.constant(gradients[name]) for name in names]
+                values = [tf.constant(gradients[name], self.t.dtype) for name in names]
                 optimizer.apply(values, [self.variables[name] for name in names])
         first = self.optimizers[0].iterations.numpy() == 1
         for name, old in before.items():
