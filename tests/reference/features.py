@@ -61,8 +61,7 @@ def _mean(y: Any, y_pred: Any, weights: Any) -> Any:
     if isinstance(weights, dict):
         weights = weights["end"]
     if weights is not None:
-        weights = tf.cast(weights, errors.dtype)
-        errors *= weights if errors.shape.rank == 1 else weights[:, None]
+        errors *= tf.cast(weights, errors.dtype)
     return tf.reduce_mean(errors)
 
 
@@ -255,7 +254,7 @@ TOKENS = np.where(np.arange(3) < LENGTHS[:, None], RNG.integers(1, 5, (24, 3)), 
 TABLE = np.concatenate([np.zeros((1, 4)), RNG.normal(size=(4, 4))])
 Y = RNG.normal(size=(2, 24, 3, 2))
 LABELS = np.where(TOKENS > 0, RNG.integers(0, 2, (24, 3)), -1).astype("int32")
-WEIGHTS = RNG.uniform(0.2, 2.0, size=24) * np.array([1, 0, 3, 1] * 6)
+WEIGHTS = RNG.uniform(0.2, 2.0, size=(24, 3)) * np.array([1, 0, 3, 1] * 6)[:, None]
 CLASS_WEIGHT = {0: 1.5, 1: 0.4}
 BAD = 9
 

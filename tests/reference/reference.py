@@ -105,8 +105,8 @@ def sums(term: Term, batch: Batch, y_pred: Any) -> tuple[Any, Any]:
         kept = batch["tokens"] != 0 if term.masked else np.ones(y.shape[:2], bool)
         losses = tf.reduce_mean(tf.square(y - y_pred), axis=-1)
     weights = batch.get(f"weight/{term.head}", np.ones(len(y)))
-    if weights.ndim == 1:
-        weights = np.repeat(weights[:, None], kept.shape[1], axis=1)
+    weights = weights if weights.ndim == 2 else weights[:, None]
+    weights = np.broadcast_to(weights, kept.shape)
     total = tf.reduce_sum(tf.where(kept, losses * weights, 0.0))
     divisors = {
         "mean": kept.sum(),
