@@ -250,17 +250,11 @@ def run(t: Training, start: Arrays) -> Result:
     return Result(weights, loop.logs, loop.records, updates)
 
 
-def _last(name: str) -> str:
-    return name.split("/")[-1]
-
-
 class _Loop:
     def __init__(self, t: Training, start: Arrays) -> None:
         self.t = t
         self.variables = {
-            name: keras.Variable(
-                np.asarray(w, "float64"), dtype="float64", name=name.split("/")[-1]
-            )
+            name: keras.Variable(w, dtype=t.dtype, name=name.split("/")[-1])
             for name, w in start.items()
         }
         self.optimizers = [make() for _, make in t.optimizers]
