@@ -400,6 +400,11 @@ def grow(gradient: Any, variable: Any) -> Any:
     return gradient * (1.0 + 0.3 * tf.norm(gradient))
 
 
+@register
+def leave(gradient: Any, variable: Any) -> None:
+    """Leaves a gradient as it is."""
+
+
 HOOKS: dict[str, tuple[Any, Any]] = {
     "none": (lambda: [], []),
     "function": (lambda: [grow], [reference.grow]),
@@ -508,6 +513,9 @@ def make(row: Row, seed: int = 5) -> Any:
     if row["loss"] in MIXINS:
         loss = loss_weights = None
     chosen = HOOKS[row["hook"]][0]()
+    if row["model"] == "embedding" and not chosen:
+        # Without a hook it is Keras to the bit: Adam takes repeated rows one by one there.
+        chosen = [leave]
     if row["freezing"] == "scheduled":
         chosen.insert(0, hooks.Freezing("*hidden/*", epochs=1))
     more: dict[str, Any] = {}
