@@ -522,7 +522,7 @@ def make(row: Row, seed: int = 5) -> Any:
     if row["parts"].startswith("micro-batches"):
         more["micro_batches"] = 2
     if row["hook"] == "sharpness":
-        more["backward"] = backward.SharpnessAware(0.1, synchronize=True)
+        more["backward"] = backward.SharpnessAware(0.3, synchronize=True)
     if row["freezing"] == "layer":
         _hidden_layer(model).trainable = False
     model.compile(
@@ -696,7 +696,7 @@ def expected(row: Row, given: dict[str, np.ndarray]) -> reference.Result:
         hooks=HOOKS[row["hook"]][1],
         gate=row["hook"] == "gate",
         rates={"hidden/": 0.3} if row["hook"] == "learning rate" else {},
-        uphill=0.1 if row["hook"] == "sharpness" else 0.0,
+        uphill=0.3 if row["hook"] == "sharpness" else 0.0,
         frozen=lambda epoch: frozen(row, list(given), epoch),
         ema=EMA if name == "AdamW EMA" else None,
         ends=ends,
