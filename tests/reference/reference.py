@@ -227,12 +227,15 @@ class Result:
         records: of each step, a rejected one too: `loss`, `gradient_norm` before the hooks,
             `skipped`, and `after`, the norm behind the hooks, NaN but where an update was.
         updates: the number of updates of each optimizer.
+        by_updates: logs of each output's own loss where every update counts alike. That is
+            what Keras logs from a graph, which does not know the size of a batch.
     """
 
     weights: Arrays
     logs: dict[str, list[float]]
     records: list[dict[str, float]]
     updates: list[int]
+    by_updates: dict[str, list[float]]
 
 
 # --- The loop
@@ -247,7 +250,7 @@ def run(t: Training, start: Arrays) -> Result:
             loop.take_averages(epoch)
     weights = {name: v.numpy() for name, v in loop.variables.items()}
     updates = [int(o.iterations.numpy()) for o in loop.optimizers]
-    return Result(weights, loop.logs, loop.records, updates)
+    return Result(weights, loop.logs, loop.records, updates, loop.by_updates)
 
 
 class _Loop:
@@ -267,6 +270,7 @@ class _Loop:
         self.averages = {name: v.numpy() for name, v in self.variables.items()}
         self.state: list[dict[str, Any]] = [{} for _ in t.hooks]
         self.logs: dict[str, list[float]] = {}
+        self.by_updates: dict[str, list[float]] = {}
         self.records: list[dict[str, float]] = []
         self.window: list[Batch] = []
 
@@ -291,6 +295,9 @@ class _Loop:
         examples = sum(n for n, _ in self.entries)
         names = self.entries[0][1] if self.entries else {}
         entry = {k: sum(n * e[k] for n, e in self.entries) / examples for k in names}
+        for name in names:
+            mean = float(np.mean([e[name] for _, e in self.entries]))
+            self.by_updates.setdefault(name, []).append(mean)
         entry["gradient_norm"] = float(np.mean(self.norms)) if self.norms else np.nan
         entry["skipped_steps"] = skipped
         for name, value in entry.items():
