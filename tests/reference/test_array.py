@@ -14,7 +14,6 @@ ROWS = array.pairs()
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
-@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
 @pytest.mark.parametrize("row", ROWS, ids=array.identity)
 def test_a_row(row, tmp_path):
     """Weights, logs, records and the number of updates are right, or the row is refused."""
