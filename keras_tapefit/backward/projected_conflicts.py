@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -81,8 +82,17 @@ class ProjectedConflicts(GradientMethod):
             losses, rest, forward = objective.tasks(batch, self.tasks)
         _check(losses)
         variables = objective.variables()
-        found = [tape.gradient(loss, variables) for loss in losses]
-        added = [None] * len(variables) if rest is None else tape.gradient(rest, variables)
+
+        def gradients_of(loss: Any) -> list[Any]:
+            gradients = Gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+            # Here and not at the end: what replicas add up to is that of all of them,
+            # with an example or without.
+            if forward.counts is not None:
+                gradients = gradients.where(forward.counts)
+            return gradients.values()
+
+        found = [gradients_of(loss) for loss in losses]
+        added = [None] * len(variables) if rest is None else gradients_of(rest)
         del tape
         used = [any(gs[i] is not None for gs in found) for i in range(len(variables))]
         chosen = [v for v, is_used in zip(variables, used, strict=True) if is_used]
@@ -99,7 +109,7 @@ class ProjectedConflicts(GradientMethod):
         total = [next(left) if is_used else None for is_used in used]
         gradients = Gradients(zip(total, variables, strict=True))
         gradients = gradients.plus(Gradients(zip(added, variables, strict=True)))
-        return forward.computed([gradients.values()], variables)
+        return replace(forward, counts=None).computed([gradients.values()], variables)
 
     def _projected(self, rows: list[list[tf.Tensor]], step: tf.Tensor) -> list[tf.Tensor]:
         """Returns the sum of the projected gradients of the tasks, one list each."""
