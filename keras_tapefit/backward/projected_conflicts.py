@@ -82,18 +82,12 @@ class ProjectedConflicts(GradientMethod):
             losses, rest, forward = objective.tasks(batch, self.tasks)
         _check(losses)
         variables = objective.variables()
-
-        def gradients_of(loss: Any) -> list[Any]:
-            gradients = Gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-            # Here and not at the end: what replicas add up to is that of all of them,
-            # with an example or without.
-            if forward.counts is not None:
-                gradients = gradients.where(forward.counts)
-            return gradients.values()
-
-        found = [gradients_of(loss) for loss in losses]
-        added = [None] * len(variables) if rest is None else gradients_of(rest)
+        each = [tape.gradient(loss, variables) for loss in losses]
+        added = [None] * len(variables) if rest is None else tape.gradient(rest, variables)
         del tape
+        # Here and not at the end: what replicas add up to is that of all of them, with an
+        # example or without.
+        *found, added = [_where(forward.counts, gs, variables) for gs in [*each, added]]
         used = [any(gs[i] is not None for gs in found) for i in range(len(variables))]
         chosen = [v for v, is_used in zip(variables, used, strict=True) if is_used]
         rows = [
@@ -133,6 +127,12 @@ class ProjectedConflicts(GradientMethod):
             tf.cast(tf.reshape(part, g.shape), g.dtype)
             for part, g in zip(parts, rows[0], strict=True)
         ]
+
+
+def _where(counts: Any, values: list[Any], variables: Sequence[Any]) -> list[Any]:
+    if counts is None:
+        return values
+    return Gradients(zip(values, variables, strict=True)).where(counts).values()
 
 
 def _dense(gradient: Any, variable: Any) -> tf.Tensor:

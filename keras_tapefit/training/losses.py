@@ -88,9 +88,7 @@ def compute(model: Any, batch: Batch, y_pred: Any, training: bool) -> tf.Tensor:
     """Calls `compute_loss`, of the signature with or without `training`."""
     x, y, sample_weight = batch
     return _scalar(
-        model._compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-        )
+        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
     )
 
 
