@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -81,9 +82,12 @@ class ProjectedConflicts(GradientMethod):
             losses, rest, forward = objective.tasks(batch, self.tasks)
         _check(losses)
         variables = objective.variables()
-        found = [tape.gradient(loss, variables) for loss in losses]
+        each = [tape.gradient(loss, variables) for loss in losses]
         added = [None] * len(variables) if rest is None else tape.gradient(rest, variables)
         del tape
+        # Here and not at the end: what replicas add up to is that of all of them, with an
+        # example or without.
+        *found, added = [_where(forward.counts, gs, variables) for gs in [*each, added]]
         used = [any(gs[i] is not None for gs in found) for i in range(len(variables))]
         chosen = [v for v, is_used in zip(variables, used, strict=True) if is_used]
         rows = [
@@ -99,7 +103,7 @@ class ProjectedConflicts(GradientMethod):
         total = [next(left) if is_used else None for is_used in used]
         gradients = Gradients(zip(total, variables, strict=True))
         gradients = gradients.plus(Gradients(zip(added, variables, strict=True)))
-        return forward.computed([gradients.values()], variables)
+        return replace(forward, counts=None).computed([gradients.values()], variables)
 
     def _projected(self, rows: list[list[tf.Tensor]], step: tf.Tensor) -> list[tf.Tensor]:
         """Returns the sum of the projected gradients of the tasks, one list each."""
@@ -123,6 +127,12 @@ class ProjectedConflicts(GradientMethod):
             tf.cast(tf.reshape(part, g.shape), g.dtype)
             for part, g in zip(parts, rows[0], strict=True)
         ]
+
+
+def _where(counts: Any, values: list[Any], variables: Sequence[Any]) -> list[Any]:
+    if counts is None:
+        return values
+    return Gradients(zip(values, variables, strict=True)).where(counts).values()
 
 
 def _dense(gradient: Any, variable: Any) -> tf.Tensor:

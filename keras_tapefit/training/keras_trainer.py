@@ -79,6 +79,12 @@ def static_batch_size(x: Any) -> Any:
     return tf.shape(first)[0] if known is None else int(known)
 
 
+def may_be_empty(x: Any) -> bool:
+    """Whether a part of a batch may have no example, as a replica's or a micro-batch may."""
+    size = static_batch_size(x)
+    return not isinstance(size, int) or size == 0
+
+
 def masks_of(y_pred: Any) -> list[Any]:
     """Returns the mask of each output, flat; `None` where there is none."""
     return [get_keras_mask(output) for output in keras.tree.flatten(y_pred)]

@@ -87,9 +87,12 @@ def quotients(
 def compute(model: Any, batch: Batch, y_pred: Any, training: bool) -> tf.Tensor:
     """Calls `compute_loss`, of the signature with or without `training`."""
     x, y, sample_weight = batch
-    loss = model._compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+    return _scalar(
+        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
     )
+
+
+def _scalar(loss: tf.Tensor) -> tf.Tensor:
     # Of no example, or without a reduction, Keras gives the losses themselves.
     return loss if loss.shape.rank == 0 else tf.reduce_sum(loss)
 
@@ -140,7 +143,8 @@ def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.
         zip(compiled._flat_losses, heard, strict=False)
     ):
         divisor, kind = _divisor(item.loss.reduction, reduced, examples, place)
-        terms.append(Term(place, tf.cast(value, compiled.dtype), item.loss_weights, divisor, kind))
+        value = tf.cast(_scalar(value), compiled.dtype)
+        terms.append(Term(place, value, item.loss_weights, divisor, kind))
     return total, terms
 
 

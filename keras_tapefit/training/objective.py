@@ -107,8 +107,8 @@ class ModelObjective:
     def _examples(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Returns the number of examples, and where there may be none whether there are."""
         examples = losses.batch_shape(batch[0])
-        known = isinstance(self.batch_size(batch), int)
-        return examples, None if known or not self._may_be_empty else examples > 0
+        may_be_empty = self._may_be_empty and keras_trainer.may_be_empty(batch[0])
+        return examples, examples > 0 if may_be_empty else None
 
     @contextlib.contextmanager
     def _undone_unless(self, counts: tf.Tensor | None) -> Iterator[None]:

@@ -181,7 +181,7 @@ class CustomStep(Step):
         """Whether this replica may have no example."""
         if self._data is None or replicas.count() == 1:
             return False
-        return not isinstance(keras_trainer.static_batch_size(self._data), int)
+        return keras_trainer.may_be_empty(self._data)
 
 
 class _Open(threading.local):
