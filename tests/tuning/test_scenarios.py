@@ -945,7 +945,7 @@ def marked(name):
     return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
 
 
-@pytest.mark.parametrize("name", map(marked, SCENARIOS))
+@pytest.mark.parametrize("name", list(map(marked, SCENARIOS)))
 def test_reuse_changes_nothing(name):
     scenario = SCENARIOS[name]
     with warnings.catch_warnings(record=True) as caught:
