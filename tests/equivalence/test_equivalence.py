@@ -8,13 +8,16 @@ from keras_tapefit import backward, hooks
 from . import cases
 
 EVERYDAY = ("embedding", "SGD")
+OF_TABLE = [pytest.mark.slow, pytest.mark.table]
 CELLS = [
     pytest.param(
         hook,
         mode,
         model,
         optimizer,
-        marks=[] if mode.everyday and (model, optimizer) == EVERYDAY else [pytest.mark.slow],
+        marks=[]
+        if mode.everyday and (model, optimizer) == EVERYDAY
+        else [pytest.mark.slow, pytest.mark.table],
         id=f"{hook}-{mode.name}-{model}-{optimizer}",
     )
     for hook in cases.HOOKS
