@@ -78,6 +78,9 @@ class Step:
         """
         if self._rejects and self._everything:
             self._put_aside(list(optimizer.variables))
+        if any(hook._built_for is None for hook in self.runtime.hooks):
+            # A loop by hand may call `train_step` past everything that prepares it.
+            self.runtime.prepare()
         self.updated = True
         self._loss = computed.loss
         with undoing_updates(bool(self.runtime.model.jit_compile)):

@@ -209,6 +209,8 @@ class TapeTrainer:
             self.train_function.may_run_out = runtime.may_run_out
         if self.built:
             runtime.prepare()
+        keeps_state = bool(runtime.hooks) or runtime.has_window or runtime.recording.is_asked
+        strategies.check_storage(self, keeps_state)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
