@@ -63,6 +63,9 @@ def _traced_whole(runtime: Runtime, train_step: Any) -> Callable[[Any], Any]:
     def whole(data: Any) -> Any:
         return _run(runtime, inner, data)
 
+    if tf.inside_function() and not train_step._jit_compile:
+        # Replicas cannot meet in a function inside of the one they run in.
+        return whole
     return tf.function(whole, autograph=False, jit_compile=train_step._jit_compile)
 
 
