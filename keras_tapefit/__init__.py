@@ -12,6 +12,7 @@ if keras.backend.backend() != "tensorflow":
         "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
+from keras_tapefit import versions as _versions  # noqa: F401  # isort: skip
 from keras_tapefit import backward as backward
 from keras_tapefit import hooks as hooks
 from keras_tapefit.gradients import Gradients as Gradients

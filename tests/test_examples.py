@@ -280,6 +280,8 @@ def test_tune(run, tmp_path):
     assert {trial[1] for trial in trials} == set("0123")
     scores = [float(trial[5]) for trial in trials]
     assert scores == sorted(scores, reverse=True)
+    ended = matches(rf"^trial (\d): COMPLETED, val accuracy {NUMBER}$", lines)
+    assert {trial[1]: trial[2] for trial in ended} == {trial[1]: trial[5] for trial in trials}
     assert "traced: 1 of 4 trials" in lines
     (accuracy,) = matches(f"best model, saved and loaded: {NUMBER}", lines)
     assert float(accuracy[1]) > 0.5

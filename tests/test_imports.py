@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_tapefit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room imports from the floors below it, and from itself.
-FLOORS = [{"gradients"}, {"backward", "hooks"}, {"update"}, {"training"}, {"models"}]
+FLOORS = [{"versions", "gradients"}, {"backward", "hooks"}, {"update"}, {"training"}, {"models"}]
 FLOORS.append({"tuning", "callbacks", "plots", "__main__"})
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Whose private names and modules are meant.

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,6 @@ import keras_tuner
 import numpy as np
 import pytest
 import tensorflow as tf
-import tomllib
 
 import keras_tapefit
 from keras_tapefit import TapeModel, TapeSequential, backward, callbacks, hooks, plots, tuning
@@ -217,8 +217,6 @@ def test_another_backend_is_refused():
 
 
 def test_the_version_is_one():
-    if sys.version_info < (3, 11):
-        pytest.skip("the reader of TOML came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == keras_tapefit.__version__
 

@@ -18,7 +18,7 @@ from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update import loaded_optimizers
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class TapeModel(TapeTrainer, keras.Model):

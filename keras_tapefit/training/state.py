@@ -39,6 +39,8 @@ class State(keras.Operation):
         found = self._saved()
         for hook in runtime.hooks:
             found.update((f"{hook.name}.{n}", v) for n, v in hook._number_variables.items())
+        for name, _, window in runtime.named_windows():
+            found.update((f"{name}.updates.{i}", v) for i, v in enumerate(window.updates))
         if runtime.made_entries is not None:
             found["log_entries"] = runtime.made_entries.state
         records = runtime.recording.records

@@ -478,7 +478,8 @@ def _of_counted_steps(results: dict[str, Any], runtime: Runtime) -> dict[str, An
     counted, skipped = runtime.counted_steps()
     if not skipped:
         return results
-    if counted == 0 or skipped > counted:
+    # A loss scale finds its size by overflows; those need no word.
+    if runtime.hooks.may_skip_steps and skipped > counted:
         warnings.warn(
             f"{skipped} of {skipped + counted} steps of this epoch were skipped: their "
             "gradients were not finite, or a gate rejected them.",

@@ -1,4 +1,4 @@
-"""KerasTuner: hooks as hyperparameters, failed trials, traces that last."""
+"""KerasTuner: hooks as hyperparameters, failed trials, traces that are reused."""
 
 from keras_tapefit.tuning.health import GradientHealth as GradientHealth
 from keras_tapefit.tuning.hyper_model import TapeHyperModel as TapeHyperModel

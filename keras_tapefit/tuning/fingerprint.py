@@ -1,431 +1,354 @@
-"""What decides how a model is traced, and the variables that a trace is tied to.
+"""What two models are compared by before one runs what was traced for the other.
 
-A model is walked through, attribute by attribute, into a flat list of tokens. Two models
-with equal lists have the same graph, so one may run what was traced for the other; what
-lives in variables (weights, the learning rate, numbers of hooks) is no part of it. What
-cannot be compared raises `Incomparable`: then nothing is reused.
+A model is walked through, attribute by attribute, into a flat list of tokens: shapes,
+dtypes, plain values, functions by their code and what they close over, classes by their
+methods. What lives in variables is no part of it. What cannot be looked into is passed
+over: the first step of the model tells (see `keras_tapefit.tuning.check`).
 
-Private names used here: attributes of Keras objects, which are passed over when they hold
-no more than bookkeeping (`_BOOKKEEPING`). Checked with Keras 3.15.1 and TensorFlow 2.21;
+Private names used here: attributes of Keras objects that say nothing about a step
+(`_PASSED_OVER`, `_OUTSIDE`), `keras.Variable._value`, `KerasTensor._keras_history`,
+`Model._distribute_strategy`, the classes `Function` and `Tracker` of Keras, and where
+TensorFlow has its containers (`_WRAPPERS`). Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dis
 import enum
 import functools
 import hashlib
+import random
 import sys
-import sysconfig
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.ops.function import Function
+from keras.src.utils.tracking import Tracker
 
-from keras_tapefit.backward.base import GradientMethod, LiveNumber
-from keras_tapefit.hooks import GradientHook, Number
-from keras_tapefit.training.runtime import runtime_of
+from keras_tapefit.backward.base import GradientMethod
+from keras_tapefit.hooks import Freezing, GradientHook, GradualUnfreezing
+from keras_tapefit.training.runtime import Runtime, runtime_of
 
-_TRUSTED = ("keras.", "keras_tapefit.", "tensorflow.", "numpy.", "optree.", "ml_dtypes.")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
-_BY_VALUE = (tf.DType, tf.TensorShape, np.dtype, np.generic, slice, range)
-_BY_IDENTITY = (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc, types.CodeType)
-# Modules that give other numbers each time.
-_CHANGING = ("random", "numpy.random", "secrets")
-_PLACES = ("stdlib", "platstdlib", "purelib", "platlib")
-_INSTALLED = tuple(sysconfig.get_paths()[place] for place in _PLACES)
-_READS = {"LOAD_GLOBAL": 0, "LOAD_NAME": 0, "IMPORT_NAME": 1}
-_READS |= {"LOAD_ATTR": 2, "LOAD_METHOD": 2, "IMPORT_FROM": 2}
-# Of objects of Keras: what is derived, is of no consequence for a trace, or has a token
-# of its own.
-_BOOKKEEPING = frozenset(
-    "_tracker _tracked _lock _auto_config _compile_config _initial_epoch _eval_epoch_iterator "
-    "_tapefit_runtime _tapefit_state _tapefit_variables _trainable_variables_indices "
-    "_compiled_trainable_state "
-    "_call_signature _call_context_args _inbound_nodes _outbound_nodes _nodes _build_shapes_dict "
-    "_distribution_strategy _self_setattr_tracking _self_unconditional_checkpoint_dependencies "
-    "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
-    "_self_name_based_restores _self_saveable_object_factories _self_update_uid".split()
-)
-# The same of models.
-_OF_MODEL = frozenset(
-    "train_function test_function predict_function history stop_training stop_evaluating "
-    "stop_predicting".split()
-)
-# Of layers: absent, or false once weights were loaded, where nothing is quantized.
-_CALIBRATED = ("is_awq_calibrated", "is_gptq_calibrated")
-# Of a hook: what is derived from the model that it is built for.
-_OF_HOOK = frozenset("_built_for _model_variables _units _owners _structure _watched".split())
+_SEQUENCES: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
+_SCALARS: tuple[Any, ...] = (int, float, complex, str, bytes)
+_BY_REPR = (tf.DType, tf.TensorShape, np.dtype, np.generic, slice, range)
+# Packages whose classes and functions no search changes, and those whose objects are
+# not looked into. TensorFlow makes containers of its own of those assigned to a layer.
+_KNOWN = {"keras", "keras_tapefit", "tensorflow", "numpy", "keras_tuner", "optree", "ml_dtypes"}
+_KNOWN |= set(sys.stdlib_module_names) - {"__main__"}
+_OPAQUE = {"tensorflow", "keras_tuner", "_thread", "threading", "_weakref", "weakref", "optree"}
+_WRAPPERS = "tensorflow.python.trackable.data_structures"
+# What is asked of an object instead of its attributes.
+_ASKED: dict[Any, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    types.BuiltinFunctionType: ("__qualname__", "__self__"),
+    types.MethodWrapperType: ("__qualname__", "__self__"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset"),
+    functools.cached_property: ("func",),
+    functools.partial: ("func", "args", "keywords"),
+    tf.types.experimental.PolymorphicFunction: ("python_function",),
+    enum.Enum: ("__class__", "name"),
+    np.random.Generator: ("bit_generator",),
+    np.random.BitGenerator: ("state",),
+    keras.random.SeedGenerator: ("state",),
+    keras.KerasTensor: ("shape", "dtype", "_keras_history"),
+}
+# Attributes that say nothing about a step: of what, and which.
+_PASSED_OVER: dict[Any, frozenset[str]] = {
+    kind: frozenset(names.split())
+    for kind, names in {
+        type: "__dict__ __weakref__ __doc__ __module__ __annotations__ __qualname__",
+        Function: "_nodes",
+        keras.optimizers.Optimizer: "_trainable_variables_indices",
+        keras.Model: "train_function test_function predict_function history stop_training "
+        "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
+        "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",
+        keras.Layer: "_called _auto_config _build_shapes_dict _inbound_nodes _outbound_nodes "
+        "_losses _tracked is_awq_calibrated is_gptq_calibrated",
+        tf.__internal__.tracking.AutoTrackable: "_self_unconditional_checkpoint_dependencies "
+        "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
+        "_self_name_based_restores _self_saveable_object_factories _self_update_uid "
+        "_self_setattr_tracking",
+    }.items()
+}
+# Those of our own and Keras's classes that make state or act outside of steps. A subclass
+# may read them in a step.
+_OUTSIDE: list[tuple[Any, set[str]]] = [
+    (keras.Layer, {"seed"}),
+    (keras.Initializer, {"seed", "_init_seed"}),
+    (GradientHook, {"seed", "_structure"}),
+    (Freezing, {"epochs", "steps", "uses_step_count", "_last_chosen"}),
+    (GradualUnfreezing, {"every", "_last_chosen"}),
+]
+_NUMBERS_OF_SCHEDULE = ("initial_learning_rate", "end_learning_rate", "warmup_target")
+_MAX_TOKENS = 300_000
+Children = list[tuple[str, Any]]
 
 
 class Incomparable(Exception):
-    """Something that may differ between two models and cannot be looked into."""
-
-
-class _Same:
-    """Equal to a token of the same object only, which it keeps alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __repr__(self) -> str:
-        return f"{self.value!r}"
-
-
-class Slot:
-    """A variable, and the place that holds the `tf.Variable` with its value.
-
-    Args:
-        holder: a `keras.Variable`, or a dictionary.
-        key: of the dictionary.
-    """
-
-    def __init__(self, holder: Any, key: str | None = None) -> None:
-        self._holder = holder
-        self._key = key
-
-    @property
-    def value(self) -> tf.Variable:
-        return self._holder._value if self._key is None else self._holder[self._key]
-
-    @value.setter
-    def value(self, value: tf.Variable) -> None:
-        if self._key is None:
-            self._holder._value = value
-        else:
-            self._holder[self._key] = value
+    """A model that shares no trace; the message says why."""
 
 
 class Fingerprint:
-    """The tokens and the variables of a compiled model whose state is made.
+    """The tokens of a compiled model whose state is made, and its variables.
 
     Args:
-        model: a `TapeModel`, built, its optimizer too.
+        model: a `TapeModel`.
+
+    Attributes:
+        tokens: two models with equal ones are taken to have the same step.
+        variables: all that the walk came across, as `tf.Variable`s, in its order.
+        names: of the variables.
+        numbers: of learning rate schedules: a schedule, an attribute, and a variable for
+            it, which is among `variables`.
 
     Raises:
-        Incomparable: when a part of the model cannot be compared; the message names it.
+        Incomparable: when the model shares no trace.
     """
 
     def __init__(self, model: Any) -> None:
         self.tokens: list[Any] = []
-        self.slots: list[Slot] = []
-        self._paths: list[str] = []
+        self.variables: list[tf.Variable] = []
+        self.names: list[str] = []
+        self.numbers: list[tuple[Any, str, tf.Variable]] = []
+        self._paths: list[Any] = []
         self._seen: dict[int, int] = {}
-        self._path: list[str] = []
         self._kept: list[Any] = []
-        runtime = runtime_of(model)
-        if runtime.window is not None:
-            raise Incomparable("`gradient_accumulation_steps` keeps a window of gradients")
-        if getattr(model, "_distribute_strategy", None) is not None:
-            raise Incomparable("the model is trained under a `tf.distribute` strategy")
-        if model.run_eagerly:
-            raise Incomparable("with `run_eagerly=True` nothing is traced")
-        self._walk(type(model).__name__, model)
-        self._walk("gradient_hooks", list(runtime.hooks))
-        self._walk("backward", runtime.backward)
-        self._walk("micro_batches", runtime.micro_batches)
-        self._walk("jit_compile", runtime.jit_compile)
-        self._walk("policy", _settings())
-        if runtime._reports is not None:
-            self._walk("reports", runtime._reports)
-
-    def difference(self, tokens: list[Any]) -> str:
-        """Returns where the first difference from other tokens is."""
-        for mine, theirs, path in zip(self.tokens, tokens, self._paths, strict=False):
-            if mine != theirs:
-                return f"{path}: {mine!r} is not {theirs!r}"
-        return "one of the models has more parts"
-
-    def forget_model(self) -> None:
-        """Lets go of what was needed while walking."""
+        # Not by recursion: there may be long chains of objects.
+        todo: list[Any] = [((None, name), part) for name, part in reversed(_parts(model).items())]
+        while todo:
+            path, value = todo.pop()
+            token, children = self._visit(value)
+            self.tokens.append(token)
+            self._paths.append(path)
+            if len(self.tokens) > _MAX_TOKENS:
+                raise Incomparable(f"there is more to {_text(path)} than can be compared")
+            todo += [((path, step), child) for step, child in reversed(children)]
+        # A number that is the address of something is no more than its place here.
+        seen = self._seen
+        self.tokens = [
+            ("id", seen[t[1]]) if t[0] is int and t[1] in seen else t for t in self.tokens
+        ]
         self._kept.clear()
-        self._seen.clear()
 
-    def _add(self, token: Any) -> None:
-        self.tokens.append(token)
-        self._paths.append("".join(self._path))
+    def difference(self, other: Fingerprint) -> str:
+        """Returns where the first difference from another one is, `""` where there is none."""
+        for mine, theirs, path in zip(self.tokens, other.tokens, self._paths, strict=False):
+            if mine != theirs:
+                one, other = (t[1:] if mine[-1] == theirs[-1] else t[-1] for t in (mine, theirs))
+                return f"{_text(path)}: {one!r:.60} is not {other!r:.60}"
+        return "" if len(self.tokens) == len(other.tokens) else "one of them has more parts"
 
-    @contextlib.contextmanager
-    def _at(self, step: str) -> Iterator[None]:
-        self._path.append(step)
-        try:
-            yield
-        finally:
-            self._path.pop()
+    def _visit(self, value: Any) -> tuple[tuple[Any, ...], Children]:
+        """Returns the token of a value, and what is to be visited next."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return (kind, repr(value) if kind in (float, complex) else value), []
+        if issubclass(kind, types.ModuleType):
+            return ("module", value.__name__), []
+        if issubclass(kind, _BY_REPR):
+            return (kind.__name__, repr(value)), []
+        if kind.__module__ == _WRAPPERS:
+            value = list(value) if isinstance(value, list) else value.__wrapped__
+            kind = type(value)
+        if kind is not tuple:
+            if id(value) in self._seen:
+                return ("seen", self._seen[id(value)]), []
+            self._seen[id(value)] = len(self._seen)
+            self._kept.append(value)
+        if issubclass(kind, keras.Variable | tf.Variable):
+            return self._variable(value)
+        if issubclass(kind, types.FunctionType):
+            return self._function(value)
+        if issubclass(kind, type):
+            known = _is_known(value)
+            members = [] if known else _without(type, sorted(vars(value).items()))
+            bases = [] if known else [("<class>", kind), ("<bases>", value.__bases__)]
+            return ("class", value.__module__, value.__qualname__), [*bases, *members]
+        for asked, names in _ASKED.items():
+            if issubclass(kind, asked):
+                return (asked.__name__,), [(f".{n}", getattr(value, n)) for n in names]
+        if issubclass(kind, tf.Tensor):
+            value = np.asarray(value.numpy() if hasattr(value, "numpy") else str(value.shape))
+        return self._object(value)
 
-    def _refuse(self, value: Any, why: str = "cannot be compared") -> None:
-        where = "".join(self._path)
-        raise Incomparable(f"`{where}` (of type {type(value).__name__}) {why}")
+    def _variable(self, variable: Any) -> Any:
+        raw = variable if isinstance(variable, tf.Variable) else variable._value
+        name = getattr(variable, "path", variable.name)
+        if not isinstance(raw, tf.Variable) or not hasattr(raw, "handle"):
+            raise Incomparable(f"the variable {name!r} has no value, or several")
+        self._seen.setdefault(id(raw), len(self._seen))
+        self._add_variable(raw, name)
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        more = [(f".{n}", getattr(variable, n, None)) for n in ("constraint", "regularizer")]
+        return ("variable", (name, tuple(variable.shape), dtype, variable.trainable)), more
 
-    def _walk(self, step: str, value: Any) -> None:
-        with self._at(step):
-            self._visit(value)
+    def _add_variable(self, variable: tf.Variable, name: str) -> None:
+        self.variables.append(variable)
+        self.names.append(name)
 
-    def _visit(self, value: Any) -> None:
-        if isinstance(value, _PLAIN):
-            self._add((type(value), repr(value) if isinstance(value, float | complex) else value))
-            return
-        if isinstance(value, enum.Enum) or isinstance(value, _BY_IDENTITY):
-            self._add(_Same(value))
-            self._visit_class(value)
-            if isinstance(value, types.BuiltinFunctionType):
-                # A method of an object, or the module that a function is in.
-                self._walk(".__self__", value.__self__)
-            return
-        if isinstance(value, _BY_VALUE):
-            self._add((type(value), repr(value)))
-            return
-        if id(value) in self._seen:
-            self._add(("seen", self._seen[id(value)]))
-            return
-        self._seen[id(value)] = len(self._seen)
-        self._kept.append(value)
-        self._visit_new(value)
-
-    def _visit_new(self, value: Any) -> None:
-        if isinstance(value, keras.Variable):
-            self._variable(value)
-        elif isinstance(value, tf.Variable):
-            self._refuse(value, "is a `tf.Variable` outside Keras")
-        elif isinstance(value, keras.random.SeedGenerator):
-            self._add("seed generator")
-            self._walk(".state", value.state)
-        elif isinstance(value, keras.KerasTensor):
-            self._add(("symbol", tuple(value.shape), value.dtype))
-            self._walk("._keras_history", getattr(value, "_keras_history", None))
-        elif isinstance(value, np.ndarray):
-            if value.dtype.hasobject:
-                self._refuse(value)
-            self._add((value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest()))
-        elif tf.is_tensor(value):
-            self._tensor(value)
-        elif isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, types.MethodType):
-            self._walk(".__func__", value.__func__)
-            self._walk(".__self__", value.__self__)
-        elif isinstance(value, functools.partial):
-            self._walk(".partial", [value.func, list(value.args), dict(value.keywords)])
-        elif isinstance(value, Mapping | Sequence) and _holds_more(value):
-            self._refuse(value, "has attributes beside its items")
-        elif isinstance(value, Mapping):
-            self._add(("dict", len(value)))
-            for key, item in value.items():
-                self._walk("[key]", key)
-                self._walk(f"[{key!r:.40}]", item)
-        elif isinstance(value, set | frozenset):
-            self._set(value)
-        elif isinstance(value, Sequence):
-            self._add(("sequence", isinstance(value, tuple), len(value)))
-            for index, item in enumerate(value):
-                self._walk(f"[{index}]", item)
-        else:
-            self._object(value)
-
-    def _variable(self, variable: Any) -> None:
-        if type(variable).__module__.startswith("keras_tapefit"):
-            self._refuse(variable, "is a `tf.Variable` outside Keras")
-        self._add(
-            (
-                "variable",
-                variable.path,
-                tuple(variable.shape),
-                keras.backend.standardize_dtype(variable.dtype),
-                variable.trainable,
-                variable.aggregation,
-            )
-        )
-        if not isinstance(variable._value, tf.Variable):
-            self._refuse(variable, "has no value yet")
-        self._walk(".constraint", variable.constraint)
-        self._walk(".regularizer", getattr(variable, "regularizer", None))
-        self.slots.append(Slot(variable))
-
-    def _tensor(self, value: Any) -> None:
-        if not isinstance(value, tf.Tensor) or not hasattr(value, "numpy"):
-            self._refuse(value)
-        if value.dtype in (tf.resource, tf.variant):
-            self._refuse(value)
-        self._walk(".numpy()", np.asarray(value.numpy()))
-
-    def _set(self, values: Any) -> None:
-        if not all(isinstance(value, str | int) for value in values):
-            self._refuse(values)
-        self._add(("set", frozenset(values)))
-
-    def _function(self, function: Any) -> None:
-        self._add(_Same(function.__code__))
-        cells = function.__closure__ or ()
-        for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+    def _function(self, function: Any) -> Any:
+        code, around = function.__code__, function.__globals__
+        children: Children = []
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
-                content = cell.cell_contents
+                children.append((f"<{name}>", cell.cell_contents))
             except ValueError:
-                self._add("empty cell")
-                continue
-            self._walk(f"<{name}>", content)
-        self._walk(".__defaults__", function.__defaults__)
-        self._walk(".__kwdefaults__", function.__kwdefaults__)
-        attributes = {k: v for k, v in vars(function).items() if not k.startswith("__")}
-        if not _is_trusted(function):
-            self._walk(".__dict__", attributes)
-            self._what_is_asked_for(function)
+                children.append((f"<{name}>", "not set"))
+        for name in ("__defaults__", "__kwdefaults__", "__dict__"):
+            children.append((f".{name}", getattr(function, name)))
+        if not _is_known_module(around.get("__name__")):
+            names = _names(code)
+            for name in sorted(names & around.keys()):
+                value = around[name]
+                children.append((f"<global {name}>", value))
+                if isinstance(value, types.ModuleType) and not _is_installed(value):
+                    asked = sorted(names & vars(value).keys())
+                    children += [(f"<{name}>.{n}", vars(value)[n]) for n in asked]
+        return ("function", code), children
 
-    def _what_is_asked_for(self, function: Any) -> None:
-        """Looks at what a function reads from outside: globals, and names in modules."""
-        names, imports, attributes = _names(function.__code__)
-        around = function.__globals__
-        found = {name: around[name] for name in names if name in around}
-        for name, value in found.items():
-            self._walk(f"<global {name}>", value)
-        for name in imports:
-            for full in (name, f"{around.get('__package__')}.{name}"):
-                found[full] = sys.modules.get(full)
-        for value in found.values():
-            if isinstance(value, types.ModuleType):
-                self._module(value, attributes)
+    def _object(self, value: Any) -> Any:
+        """Visits a value of any class, by its items, its class and its attributes."""
+        cls = type(value)
+        items: Children = []
+        content: Any = None
+        if isinstance(value, dict):
+            items = [(f"[{k!r:.40}]", (k, v)) for k, v in dict.items(value)]
+        elif isinstance(value, np.ndarray):
+            plain = np.asarray(value)
+            digest = None if plain.dtype.hasobject else hashlib.sha256(plain.tobytes()).hexdigest()
+            content = plain.dtype.str, plain.shape, digest
+        for base in _SEQUENCES:
+            if isinstance(value, base):
+                items = [(f"[{i}]", item) for i, item in enumerate(base.__iter__(value))]
+        if isinstance(value, set | frozenset):
+            items.sort(key=lambda item: repr(item[1]) if type(item[1]) in _PLAIN else "")
+            items = [("{}", item) for _, item in items]
+        for base in _SCALARS:
+            content = base.__repr__(value) if isinstance(value, base) else content
+        token = ("object", cls.__module__, cls.__qualname__, len(items), content)
+        if _is_known(cls):
+            contained = isinstance(value, dict | list | tuple | set | frozenset | np.ndarray)
+            if contained or _package(cls) in _OPAQUE or isinstance(value, Runtime | Tracker):
+                return token, items
+        else:
+            items.append(("<class>", cls))
+        return token, [*items, *sorted(self._attributes(value).items())]
 
-    def _module(self, module: types.ModuleType, names: Sequence[str]) -> None:
-        with self._at(f"<module {module.__name__}>"):
-            if module.__name__ in _CHANGING:
-                self._refuse(module, "gives other numbers each time")
-            for name in names:
-                value = vars(module).get(name)
-                if isinstance(value, types.ModuleType):
-                    if value.__name__ == f"{module.__name__}.{name}":
-                        self._module(value, names)
-                elif name in vars(module) and not _is_installed(module):
-                    self._walk(f".{name}", value)
-
-    def _visit_class(self, cls: Any) -> None:
-        """Looks into the methods of a class that somebody wrote."""
-        if not isinstance(cls, type) or id(cls) in self._seen:
-            return
-        self._seen[id(cls)] = len(self._seen)
-        for base in cls.__mro__:
-            if base is object or _is_trusted(base) or base.__module__ in ("builtins", "abc"):
-                continue
-            if not base.__flags__ & (1 << 9):
-                self._refuse(cls)
-            for name, value in vars(base).items():
-                self._member(f"{base.__name__}.{name}", value)
-
-    def _member(self, name: str, value: Any) -> None:
-        if isinstance(value, staticmethod | classmethod):
-            value = value.__func__
-        if isinstance(value, property):
-            for part in (value.fget, value.fset):
-                self._walk(name, part)
-        elif isinstance(value, functools.cached_property):
-            self._walk(name, value.func)
-        elif isinstance(value, types.FunctionType):
-            self._walk(name, value)
-        elif isinstance(value, Number | LiveNumber):
-            self._walk(name, vars(value))
-        elif not name.rpartition(".")[2].startswith("__") and not name.endswith("_abc_impl"):
-            self._walk(name, value)
-
-    def _object(self, value: Any) -> None:
-        cls: Any = type(value)
-        if isinstance(value, tf.types.experimental.PolymorphicFunction):
-            self._refuse(value, "is a `tf.function`, which holds traces of its own")
-        if not cls.__flags__ & (1 << 9) or not hasattr(value, "__dict__"):
-            self._refuse(value)
-        self._add(_Same(cls))
-        self._visit_class(cls)
-        attributes = dict(vars(value))
+    def _attributes(self, value: Any) -> dict[str, Any]:
+        """Returns the attributes that are to be compared."""
+        found = dict(_stored(value))
+        for kind in _PASSED_OVER:
+            if isinstance(value, kind):
+                found = dict(_without(kind, found.items()))
+        live: set[str] = set()
         if isinstance(value, GradientHook):
-            self._hook(value, attributes)
-        elif isinstance(value, GradientMethod):
-            for name in value._live:
-                attributes.pop(name)
-                self.slots.append(Slot(value._live, name))
-            attributes["_live"] = list(value._live)
-        passed_over = {name for name in _CALIBRATED if not attributes.get(name)}
-        if any(_is_trusted(base) for base in cls.__mro__ if base is not object):
-            passed_over |= _BOOKKEEPING
-        if isinstance(value, keras.Model):
-            passed_over |= _OF_MODEL
-        for name in sorted(attributes.keys() - passed_over):
-            item = attributes[name]
-            if isinstance(item, keras.Initializer) and _only_makes_weights(cls, name):
-                item = type(item)
-            self._walk(f".{name}", item)
-        if isinstance(value, keras.layers.Layer):
-            self._add(("trainable", value.trainable))
+            live |= value._number_variables.keys()
+        if _is_known(type(value)):
+            if isinstance(value, GradientMethod):
+                live |= value._live.keys()
+            if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+                for name in _NUMBERS_OF_SCHEDULE:
+                    if type(found.get(name)) is float:
+                        number = tf.Variable(found[name], dtype=keras.config.floatx())
+                        self.numbers.append((value, name, number))
+                        self._add_variable(number, f"{type(value).__name__}.{name}")
+                        live.add(name)
+            for kind, names in _OUTSIDE:
+                live |= names if isinstance(value, kind) else set()
+        return {f".{name}": item for name, item in found.items() if name not in live}
 
-    def _hook(self, hook: GradientHook, attributes: dict[str, Any]) -> None:
-        for name in _OF_HOOK:
-            attributes.pop(name, None)
-        positions = {id(v): i for i, v in enumerate(hook._model_variables or [])}
-        for name, value in attributes.items():
-            if isinstance(value, dict) and value and value.keys() <= positions.keys():
-                attributes[name] = {positions[key]: item for key, item in value.items()}
-                self._kept.append(attributes[name])
-        for name in hook._number_variables:
-            # Live: its value is in a variable.
-            attributes.pop(name, None)
+
+def random_state() -> Any:
+    """Returns the state of Python's and NumPy's own random numbers."""
+    state: Any = np.random.get_state(legacy=False)
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    """Returns what the step of a model is made of."""
+    runtime = runtime_of(model)
+    if getattr(model, "_distribute_strategy", None) is not None or tf.distribute.has_strategy():
+        raise Incomparable("the model is trained under a `tf.distribute` strategy")
+    if model.run_eagerly or tf.config.functions_run_eagerly():
+        raise Incomparable("with `run_eagerly=True` nothing is traced")
+    config = keras.config
+    return {
+        type(model).__name__: model,
+        "gradient_hooks": list(runtime.hooks),
+        "backward": runtime.backward,
+        "compiled": [runtime.micro_batches, runtime.jit_compile],
+        "state": _own_state(runtime),
+        "settings": [config.floatx(), config.image_data_format(), config.epsilon()],
+        "policy": [config.dtype_policy().name, tf.config.optimizer.get_jit() or ""],
+    }
+
+
+def _own_state(runtime: Any) -> dict[str, Any]:
+    """Returns what our step keeps besides what Keras knows of, by stable names."""
+    records = runtime.recording.records
+    return {
+        "windows": [window.num_steps for _, _, window in runtime.named_windows()],
+        "records": records and [records.request, records.size],
+        "variables": runtime.state.variables(),
+    }
+
+
+def _stored(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of an object, those in slots too."""
+    # Not by `getattr`, which a class may have made its own.
+    try:
+        yield from object.__getattribute__(value, "__dict__").items()
+    except AttributeError:
+        pass
+    for cls in type(value).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, types.MemberDescriptorType) and cls.__module__ != "builtins":
+                try:
+                    yield name, member.__get__(value)
+                except AttributeError:
+                    continue
+
+
+def _without(kind: Any, attributes: Any) -> Children:
+    return [(name, value) for name, value in attributes if name not in _PASSED_OVER[kind]]
 
 
 @functools.cache
-def _names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """Returns what a function, or one inside it, reads: globals, imports, attributes."""
-    found: tuple[set[str], ...] = (set(), set(), set())
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _READS:
-            found[_READS[instruction.opname]].add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            for mine, others in zip(found, _names(constant), strict=True):
-                mine.update(others)
-    return tuple(tuple(sorted(names)) for names in found)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Returns the names that a function, or one inside it, may ask for."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)
 
 
-def _holds_more(value: Any) -> bool:
-    return bool(getattr(value, "__dict__", None)) and not _is_trusted(type(value))
+def _is_known_module(name: Any) -> bool:
+    return str(name).partition(".")[0] in _KNOWN
 
 
-@functools.cache
-def _only_makes_weights(cls: Any, initializer: str) -> bool:
-    """Whether an initializer of a layer has no part in its steps, as far as names tell."""
-    methods = [
-        value
-        for base in cls.__mro__
-        if not _is_trusted(base)
-        for name, value in vars(base).items()
-        if isinstance(value, types.FunctionType) and name not in ("__init__", "build", "get_config")
-    ]
-    asked = {name for method in methods for name in _names(method.__code__)[2]}
-    return initializer.endswith("initializer") and initializer not in asked
+def _package(cls: type) -> str:
+    return str(cls.__module__).partition(".")[0]
+
+
+def _is_known(cls: type) -> bool:
+    return _package(cls) in _KNOWN
 
 
 def _is_installed(module: types.ModuleType) -> bool:
-    """Whether a module is Python's own or a package's: not one that a search changes."""
     file = getattr(module, "__file__", None)
-    return file is None or file.startswith(_INSTALLED)
+    return file is None or "site-packages" in file or _is_known_module(module.__name__)
 
 
-def _settings() -> list[Any]:
-    return [
-        keras.config.floatx(),
-        keras.config.image_data_format(),
-        keras.config.epsilon(),
-        keras.config.dtype_policy().name,
-        tf.config.optimizer.get_jit() or "",
-        tf.config.functions_run_eagerly(),
-    ]
-
-
-def _is_trusted(value: Any) -> bool:
-    module = getattr(value, "__module__", None) or ""
-    return f"{module}.".startswith(_TRUSTED)
+def _text(path: Any) -> str:
+    steps: list[str] = []
+    while path is not None:
+        path, step = path
+        steps.insert(0, step)
+    return "".join(steps)

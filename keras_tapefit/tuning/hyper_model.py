@@ -1,4 +1,4 @@
-"""Existing build functions with hooks to tune, and with traces that last."""
+"""Existing build functions with hooks to tune, and with traces that are reused."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from keras_tapefit.tuning.traces import TracePool
 
 
 class TapeHyperModel(keras_tuner.HyperModel):
-    """A build function, with gradient hooks to tune and with traces kept for later trials.
+    """A build function, with gradient hooks to tune and with traces that are reused.
 
-    For every tuner of KerasTuner. Tracing a model anew for each trial takes most of the
-    time of a search over small models. With `reuse`, a trial whose model differs from an
-    earlier one only in numbers that live in variables (initial weights and seeds, the
-    learning rate, thresholds of hooks) trains with what was traced for that one. Its
-    scores are bit for bit those without `reuse`; where equality of two models cannot be
-    shown, nothing is reused. Collections of garbage pass over what was there before the
-    search while it runs, as `gc.freeze` has it.
+    For every tuner of KerasTuner. By default it changes neither trials nor search space.
+    Tracing a model anew for each trial takes most of the time of a search over small
+    models. With `reuse` you say that trials differ only in numbers that live in
+    variables: initial weights and seeds, the learning rate, numbers of hooks. A trial
+    whose model is like an earlier one then runs what was traced for that one, with its
+    own variables. Its first step is computed twice, by the trace and afresh; where they
+    differ beyond rounding it is traced anew, with a warning. What has no effect in the
+    first step, and is no attribute, closure or global of the model either, is not seen.
 
     Args:
         build: takes `hp` and returns a compiled model; or a `keras_tuner.HyperModel`. A
             plain `keras.Model` is converted, as by `TapeModel.from_model`.
-        reuse: whether traces are kept; an integer: of how many kinds of models, 3 when
-            `True`. The model that each was first made for stays in memory with it.
+        reuse: whether traces are reused; an integer: of how many kinds of models they
+            are kept, 32 when `True`. Models themselves are not kept. While a search
+            runs, collections of garbage pass over what was there before, as `gc.freeze`
+            has it.
         parts: what to add to the search space of a model that has no hooks of its own;
             see `gradient_hooks`, and `"sharpness"` for `gradient_method`. `()`: nothing.
 
@@ -45,7 +48,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
     Example:
 
     ```python
-    hypermodel = tuning.TapeHyperModel(build, parts=("clipping", "gate"))
+    hypermodel = tuning.TapeHyperModel(build, reuse=True)
     tuner = keras_tuner.RandomSearch(hypermodel, objective="val_loss", max_trials=4)
     tuner.search(x, y, validation_split=0.2, epochs=1)
     print(hypermodel.history)
@@ -55,8 +58,8 @@ class TapeHyperModel(keras_tuner.HyperModel):
     def __init__(
         self,
         build: Callable[[Any], Any] | keras_tuner.HyperModel,
-        reuse: bool | int = True,
-        parts: Sequence[str] = ("clipping", "gate"),
+        reuse: bool | int = False,
+        parts: Sequence[str] = (),
     ) -> None:
         if not callable(build) and not isinstance(build, keras_tuner.HyperModel):
             raise TypeError(
@@ -75,7 +78,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
         self._function = build if self.inner is None else self.inner.build
         self.reuse = reuse
         self.parts = tuple(parts)
-        self._pool = TracePool(3 if reuse is True else int(reuse)) if reuse else None
+        self._pool = TracePool(32 if reuse is True else int(reuse)) if reuse else None
 
     @property
     def history(self) -> list[str]:
@@ -94,7 +97,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
         if self.parts and not model.gradient_hooks:
             self._add_hooks(hp, model)
         if self._pool is not None:
-            self._pool.lend(model)
+            runtime_of(model).trace_source = self._pool
         return model
 
     def declare_hyperparameters(self, hp: Any) -> None:
@@ -110,7 +113,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
             raise keras_tuner.errors.FailedTrialError(str(error)) from error
 
     def release(self) -> None:
-        """Lets go of the kept traces and of the models in them."""
+        """Lets go of the kept traces."""
         if self._pool is not None:
             self._pool.clear()
 

@@ -29,7 +29,8 @@ def gradient_hooks(
       by percentile (5 to 95) or by z-score (1.5 to 5).
     - `"noise"`: none, or `GradientNoise` with `stddev` 0.0001 to 0.1.
     - `"freezing"`: the first n layers with weights, from none to all but the last, for
-      the first 1 to 4 epochs.
+      the first 1 to 4 epochs. Where a model has more layers than the first that was
+      built, their number is searched anew, under a name that ends in `_of_` and that many.
     - `"layer_rates"`: `learning_rates_by_depth` with a decay of 0.4 to 1.
 
     Thresholds that are norms are searched on a logarithmic scale.
@@ -44,7 +45,8 @@ def gradient_hooks(
         A list for `gradient_hooks` of `compile`.
 
     Raises:
-        ValueError: when a part is unknown, or needs a model with weights.
+        ValueError: when a part is unknown, or needs a model with weights; or when a
+            hyperparameter has a value that is none of its choices.
 
     Example:
 
@@ -92,11 +94,26 @@ def gradient_method(hp: Any) -> Any:
         return model
     ```
     """
-    if not hp.Boolean("sharpness_aware"):
+    if not _choice(hp, "sharpness_aware", (False, True)):
         return backward.Backpropagation()
     with hp.conditional_scope("sharpness_aware", [True]):
         rho = hp.Float("sharpness_aware/rho", 0.01, 0.5, sampling="log", default=0.05)
     return backward.SharpnessAware(rho)
+
+
+def _choice(hp: Any, name: str, values: Sequence[Any]) -> Any:
+    """Returns one of some values, which may be fixed.
+
+    Raises:
+        ValueError: when it is fixed to something else.
+    """
+    value = hp.Boolean(name) if values == (False, True) else hp.Choice(name, list(values))
+    if value not in values:
+        raise ValueError(
+            f"The hyperparameter {name!r} must be one of {tuple(values)}. "
+            f"Received: {name}={value!r}."
+        )
+    return value
 
 
 def _number(hp: Any, kind: str, value: str, name: str, low: float, high: float, **how: Any) -> Any:
@@ -106,7 +123,7 @@ def _number(hp: Any, kind: str, value: str, name: str, low: float, high: float, 
 
 
 def _gate(hp: Any) -> list[Any]:
-    kind = hp.Choice("gate", list(GATES))
+    kind = _choice(hp, "gate", GATES)
     if kind == "non_finite":
         return [hooks.SkipNonFinite()]
     if kind == "spikes":
@@ -124,7 +141,7 @@ _CLIPPING: dict[str, tuple[Any, str, float, float, float]] = {
 
 
 def _clipping(hp: Any) -> list[Any]:
-    kind = hp.Choice("clipping", list(CLIPPING))
+    kind = _choice(hp, "clipping", CLIPPING)
     if kind in _CLIPPING:
         hook, name, low, high, default = _CLIPPING[kind]
         log = {"sampling": "log", "default": default}
@@ -138,7 +155,7 @@ def _clipping(hp: Any) -> list[Any]:
 
 
 def _noise(hp: Any) -> list[Any]:
-    if not hp.Boolean("noise"):
+    if not _choice(hp, "noise", (False, True)):
         return []
     log = {"sampling": "log", "default": 0.01}
     stddev = _number(hp, "noise", True, "noise_stddev", 1e-4, 0.1, **log)  # type: ignore[arg-type]
@@ -157,12 +174,24 @@ def _layers(model: Any, part: str) -> list[Any]:
 
 def _freezing(hp: Any, model: Any) -> list[Any]:
     layers = _layers(model, "freezing")
-    num_frozen = hp.Int("num_frozen_layers", 0, max(len(layers) - 1, 1))
-    if not num_frozen:
+    most = len(layers) - 1
+    if most < 1:
         return []
-    with hp.conditional_scope("num_frozen_layers", list(range(1, len(layers)))):
-        epochs = hp.Int("frozen_epochs", 1, 4)
-    return [hooks.Freezing(layers[: min(num_frozen, len(layers) - 1)], epochs=epochs)]
+    name = "num_frozen_layers"
+    ranges = [getattr(p, "max_value", most) for p in hp.space if p.name.endswith(f"/{name}")]
+    if ranges and ranges[0] < most:
+        # KerasTuner keeps the range that a hyperparameter first had.
+        name = f"{name}_of_{len(layers)}"
+    num_frozen = hp.Int(name, 0, most)
+    if not isinstance(num_frozen, int) or num_frozen < 0:
+        raise ValueError(
+            f"The hyperparameter {name!r} must be a number of layers. "
+            f"Received: {name}={num_frozen!r}."
+        )
+    epochs = hp.Int("frozen_epochs", 1, 4)
+    # A model may have fewer layers than the space asks for.
+    frozen = layers[: min(num_frozen, most)]
+    return [hooks.Freezing(frozen, epochs=epochs)] if frozen else []
 
 
 def _layer_rates(hp: Any, model: Any) -> list[Any]:

@@ -1,26 +1,28 @@
-"""Traced functions that go from one model to the next like it.
+"""Traced functions that are called with the variables of one model after the other.
 
-A trace is tied to the `tf.Variable`s that it reads and writes. So it is these that move:
-a model that is like an earlier one exchanges its own for those of the trace, with its
-values put in, and finds its first step traced already. Every model stays what it was, one
-with weights of its own.
+A trace reads and writes the variables that it captured. It is called here with others in
+their place, those of a model like the one that it was made for; no variable changes its
+owner, and no model outlives its trial.
 
-Private names used here: `keras.Variable._value`, `tf.Variable._unique_id`, of TensorFlow's
-functions `_list_all_concrete_functions`, and `op_def_registry`. Checked with Keras 3.15.1 and
-TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
+Private names used here: `FuncGraph._function_captures`, `op_def_registry`, and of Keras's
+function for an execution the inner one, `multi_step_on_iterator`. Checked with Keras 3.15.1
+and TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
-from keras_tapefit.training.runtime import runtime_of
-from keras_tapefit.tuning.fingerprint import Fingerprint, Incomparable, Slot
+from keras_tapefit.tuning.check import Check
+from keras_tapefit.tuning.fingerprint import Fingerprint, Incomparable, random_state
 
 # What a trace may do beside computing: use variables and take batches. Random numbers of
 # Keras are stateless operations on a variable.
@@ -32,206 +34,258 @@ _HARMLESS = (
 _HARMLESS_PREFIXES = ("Assign", "ResourceGather", "ResourceScatter", "ResourceApply", "CudnnRNN")
 
 
-class Storage:
-    """The traces of one kind of model, and the variables that they are tied to.
+class Trace:
+    """A traced function of an iterator, kept for models like the one it was made for.
 
     Args:
-        model: the first of its kind, which uses them now.
-        fingerprint: its fingerprint.
+        concrete: the function; calls return an optional with the logs.
+        fingerprint: of the model that it was traced for.
+        kind: `"train"` or `"test"`.
+        spec: of the elements of the iterator.
+
+    Attributes:
+        flaw: why it may not be used for another model, or `None`.
+        noise: for each variable how far rounding alone was seen to carry it.
+        uncompiled: the same, traced without XLA, which draws other random numbers than
+            eager steps do; `None` where this one is.
+
+    Raises:
+        Incomparable: when it has to do with more than the variables of the model.
     """
 
-    def __init__(self, model: Any, fingerprint: Fingerprint) -> None:
-        self.tokens = fingerprint.tokens
-        self.traces: dict[Any, Any] = {}
+    def __init__(self, concrete: Any, fingerprint: Fingerprint, kind: str, spec: Any) -> None:
+        places = {id(v.handle): i for i, v in enumerate(fingerprint.variables)}
+        captured = concrete.captured_inputs
+        self._captured = [places.get(id(tensor), tensor) for tensor in captured]
+        for tensor in self._captured:
+            if not isinstance(tensor, int) and tensor.dtype in (tf.resource, tf.variant):
+                raise Incomparable("the step uses a variable or table that is no part of the model")
+        _check_operations(concrete.graph)
+        self._concrete = copy.copy(concrete)
+        # Else the values of the first model stay as long as the trace.
+        self._concrete.set_external_captures([])
+        self._concrete.graph._function_captures.clear()
+        self.fingerprint = copy.copy(fingerprint)
+        self.fingerprint.variables, self.fingerprint.numbers = [], []
+        self.kind, self.spec = kind, spec
         self.flaw: str | None = None
-        self._values = [slot.value for slot in fingerprint.slots]
-        self._user = weakref.ref(model)
-        self._slots: list[Slot] = fingerprint.slots
-        reports = runtime_of(model)._reports
-        self._entries = None if reports is None else reports._entries
-        self._checked: set[Any] = set()
+        self.noise: dict[str, float] = {}
+        self.uncompiled: Trace | None = None
 
-    @property
-    def user(self) -> Any:
-        """The model whose values the variables hold, or `None` where it is gone."""
-        return self._user()
-
-    def check(self) -> None:
-        """Raises `Incomparable` where a trace has to do with more than the variables."""
-        if self.flaw is None:
-            handles = {id(value.handle) for value in self._values}
-            for key, (function, _) in self.traces.items():
-                if key not in self._checked:
-                    self._checked.add(key)
-                    self.flaw = self.flaw or _flaw(function, handles)
-            if self.flaw is not None:
-                self.traces.clear()
-        if self.flaw is not None:
-            raise Incomparable(self.flaw)
-
-    def move_to(self, model: Any, fingerprint: Fingerprint) -> None:
-        """Gives the variables to a model, with its values; the last user gets others.
-
-        Args:
-            model: the new user.
-            fingerprint: its fingerprint, equal to that of the others.
-
-        Raises:
-            Incomparable: when models share variables.
-        """
-        last, shared = self.user, {id(value) for value in self._values}
-        if any(id(slot.value) in shared for slot in fingerprint.slots):
-            raise Incomparable("models share variables with each other")
-        if last is not None and any(
-            slot.value is not value for slot, value in zip(self._slots, self._values, strict=True)
-        ):
-            raise Incomparable("the variables of an earlier model were replaced")
-        for new, old, value in zip(fingerprint.slots, self._slots, self._values, strict=True):
-            own = new.value
-            before = None if last is None else tf.identity(value)
-            value.assign(own)
-            new.value = value
-            # Optimizers find the state of a variable by this.
-            own._unique_id, value._unique_id = value._unique_id, own._unique_id
-            if before is not None:
-                own.assign(before)
-                old.value = own
-        for changed in (model, last):
-            if changed is not None:
-                runtime_of(changed).forget_traces()
-        if self._entries is not None:
-            if last is not None:
-                runtime_of(last).reports._entries = dict(self._entries)
-            runtime_of(model).reports._entries = self._entries
-        self._user, self._slots = weakref.ref(model), fingerprint.slots
+    def lend(self, variables: list[tf.Variable]) -> Callable[[Any], Any]:
+        """Returns the function with others' variables in the place of those it captured."""
+        lent = copy.copy(self._concrete)
+        lent.set_external_captures(
+            [variables[c].handle if isinstance(c, int) else c for c in self._captured]
+        )
+        return _runs(lent, variables)
 
 
 class TracePool:
-    """The traces that are kept, of a bounded number of kinds.
+    """The traces that are kept; see `keras_tapefit.training.runtime.TraceSource`.
 
     Args:
-        num_kinds: how many; the one that was used longest ago is let go first.
+        num_kinds: of how many kinds of models; the one that was used longest ago is let
+            go first.
     """
 
     def __init__(self, num_kinds: int) -> None:
         self.num_kinds = num_kinds
         self.history: list[str] = []
-        self._storages: list[Storage] = []
-
-    def __len__(self) -> int:
-        return len(self._storages)
-
-    def lend(self, model: Any) -> None:
-        """Has a model look for traces here when its train function is made."""
-        runtime_of(model).shared = Tenancy(self)
+        self._traces: list[Trace] = []
 
     def clear(self) -> None:
-        """Lets go of all traces and of the models that they hold."""
-        self._storages.clear()
+        """Lets go of all traces."""
+        self._traces.clear()
 
-    def storage_for(self, model: Any) -> Storage | None:
-        """Returns the traces that a model may use from now on, if any."""
-        runtime_of(model).make_reports()
+    def function(
+        self, model: Any, kind: str, key: Any, make: Callable[[], Callable[[Any], Any]]
+    ) -> Callable[[Any], Any]:
+        return _Execution(self, model, kind, make)
+
+    def keep(self, trace: Trace) -> None:
+        """Adds a trace, and lets go of the one that is one too many."""
+        self._traces.append(trace)
+        alike = [kept for kept in self._traces if kept.kind == trace.kind]
+        if len(alike) > self.num_kinds:
+            self._traces.remove(alike[0])
+
+    def find(self, fingerprint: Fingerprint, kind: str, spec: Any) -> tuple[Trace | None, str]:
+        """Returns a trace for a model like this, or why there is none."""
+        why = ""
+        for trace in reversed(self._traces):
+            if trace.kind != kind:
+                continue
+            if trace.spec != spec:
+                why = why or "the batches have other shapes"
+                continue
+            difference = fingerprint.difference(trace.fingerprint)
+            if not difference:
+                self._traces.remove(trace)
+                self._traces.append(trace)
+                return trace, ""
+            why = why or difference
+        return None, why
+
+    def note(self, kind: str, entry: str, unlike: bool = False) -> None:
+        """Adds an entry to the history; of evaluations what the check found only."""
+        if kind == "train":
+            self.history.append(entry)
+        elif unlike:
+            self.history.append(f"evaluation {entry}")
+
+
+class _Execution:
+    """The function of an iterator for an execution of one model, found at its first call.
+
+    Args:
+        pool: where to look for a trace.
+        model: the model, which holds this.
+        kind: `"train"` or `"test"`.
+        make: makes such a function afresh.
+    """
+
+    def __init__(self, pool: TracePool, model: Any, kind: str, make: Callable[[], Any]) -> None:
+        self._pool, self._model, self._kind, self._make = pool, model, kind, make
+        self._own: Callable[[Any], Any] | None = None
+        self._spec: Any = None
+        self._found: Callable[[Any], Any] | None = None
+
+    def __call__(self, iterator: Any) -> Any:
+        if self._found is not None and getattr(iterator, "element_spec", None) == self._spec:
+            return self._found(iterator)
+        of_dataset = tf.data.Iterator, tf.distribute.DistributedIterator
+        if self._found is not None or not isinstance(iterator, of_dataset):
+            return self._afresh()(iterator)
+        self._spec = iterator.element_spec
         try:
-            fingerprint = Fingerprint(model)
-            fingerprint.forget_model()
-            storage = self._find(fingerprint)
-            if storage is not None:
-                storage.check()
-                storage.move_to(model, fingerprint)
-                self.history.append("reused")
-                return storage
-        except Incomparable as reason:
-            self.history.append(f"traced anew: {reason}")
-            return None
-        near = [s for s in self._storages if s.flaw is None]
-        why = f": {fingerprint.difference(near[-1].tokens)}" if near else ""
-        self.history.append(f"traced{why}")
-        storage = Storage(model, fingerprint)
-        self._storages.append(storage)
-        del self._storages[: -self.num_kinds]
-        return storage
+            fingerprint = Fingerprint(self._model)
+        except Exception as reason:
+            return self._alone(iterator, reason)
+        trace, why = self._pool.find(fingerprint, self._kind, self._spec)
+        if trace is None:
+            return self._traced(iterator, fingerprint, f"traced: {why}" if why else "traced")
+        if trace.flaw is not None:
+            return self._alone(iterator, trace.flaw)
+        return self._checked(iterator, trace, fingerprint)
 
-    def _find(self, fingerprint: Fingerprint) -> Storage | None:
-        for storage in self._storages:
-            if storage.tokens == fingerprint.tokens:
-                self._storages.remove(storage)
-                self._storages.append(storage)
-                return storage
-        return None
+    def _afresh(self) -> Callable[[Any], Any]:
+        if self._own is None:
+            self._own = self._make()
+        return self._own
 
+    def _alone(self, iterator: Any, reason: Any) -> Any:
+        """Has the model keep its traces to itself."""
+        if not isinstance(reason, str | Incomparable):
+            reason = f"{type(reason).__name__}: {reason}"
+        self._pool.note(self._kind, f"traced anew: {reason}")
+        self._found = self._afresh()
+        return self._found(iterator)
 
-class Tenancy:
-    """The traces that one model uses; see `keras_tapefit.training.shared.SharedTraces`."""
+    def _traced(self, iterator: Any, fingerprint: Fingerprint, entry: str) -> Any:
+        """Traces the step, and keeps it for others where it has to do with the model only."""
+        before = random_state()
+        try:
+            concrete = _trace(self._afresh(), iterator, fingerprint)
+        except Exception as reason:
+            # Where it is the user's, it is raised again.
+            return self._alone(iterator, reason)
+        self._found = _runs(concrete, fingerprint.variables)
+        try:
+            if random_state() != before:
+                raise Incomparable("numbers are drawn with NumPy or `random` while it is traced")
+            changed = Fingerprint(self._model).difference(fingerprint)
+            if changed:
+                raise Incomparable(f"a call of the model changes it, {changed}")
+            trace = Trace(concrete, fingerprint, self._kind, self._spec)
+            if self._model.jit_compile:
+                trace.uncompiled = self._uncompiled(iterator, fingerprint)
+            self._pool.keep(trace)
+        except Exception as reason:
+            entry = f"{entry.partition(':')[0]} anew: {reason}"
+        self._pool.note(self._kind, entry)
+        return self._found(iterator)
 
-    def __init__(self, pool: TracePool) -> None:
-        self._pool = pool
-        self._storage: Storage | None = None
-        self._structure: Any = None
-        self._settled: Any = None
-        self._entry = -1
+    def _uncompiled(self, iterator: Any, fingerprint: Fingerprint) -> Trace:
+        model = self._model
+        model.jit_compile, before = False, model.jit_compile
+        try:
+            concrete = _trace(self._make(), iterator, fingerprint)
+        finally:
+            model.jit_compile = before
+        return Trace(concrete, fingerprint, self._kind, self._spec)
 
-    def settle(self, model: Any) -> None:
-        if self._settled is model.train_function:
-            return
-        self._settled = model.train_function
-        self._structure = runtime_of(model).hooks.structure()
-        self._storage = self._pool.storage_for(model)
-        self._entry = len(self._pool.history) - 1
-
-    def place(self, model: Any, kind: str, flags: Any, structure: Any, iterator: Any) -> Any:
-        storage = self._storage
-        if storage is not None and structure != self._structure:
-            self._pool.history[self._entry] = "traced anew: hooks or records came after the build"
-            return None
-        spec = getattr(iterator, "element_spec", None)
-        if (
-            storage is None
-            or storage.user is not model
-            or storage.flaw is not None
-            or spec is None
-            or not isinstance(iterator, tf.data.Iterator)
-        ):
-            return None
-        return storage.traces, (kind, flags, repr(spec))
-
-    def is_user(self, model: Any) -> bool:
-        return self._storage is not None and self._storage.user is model
-
-
-def _flaw(function: Any, handles: set[int]) -> str | None:
-    """Returns what ties a traced function to more than the variables, or `None`."""
-    for traced in _functions_in(function, set()):
-        for concrete in traced._list_all_concrete_functions():
-            for captured in concrete.captured_inputs:
-                if captured.dtype == tf.variant or (
-                    captured.dtype == tf.resource and id(captured) not in handles
-                ):
-                    return "the step uses a variable or table that is no part of the model"
-            graph = concrete.graph.as_graph_def()
-            nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-            for name in {node.op for node in nodes}:
-                if not _is_harmless(name):
-                    return f"the step has the operation {name}, which keeps a state"
-    return None
-
-
-def _is_harmless(name: str) -> bool:
-    definition = op_def_registry.get(name)
-    if definition is None:
-        # A function of the graph's own library, whose operations are looked at too.
-        return True
-    return not definition.is_stateful or name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
+    def _checked(self, iterator: Any, trace: Trace, fingerprint: Fingerprint) -> Any:
+        """Makes the first execution by a trace of an earlier model, and checks it."""
+        try:
+            check = Check(self._model, fingerprint, trace.noise)
+        except Exception as reason:
+            return self._alone(iterator, reason)
+        check.take_batches(iterator)
+        checked = (trace.uncompiled or trace).lend(fingerprint.variables)
+        difference = check.compare(checked, self._afresh())
+        if difference is None:
+            self._found = trace.lend(fingerprint.variables)
+            self._pool.note(self._kind, "reused")
+            return self._found(check.iterator())
+        trace.flaw = f"a model like it was found to be another: {difference}"
+        warnings.warn(
+            f"The step that was traced for an earlier trial is not reused: {difference}. Either "
+            "it reads something that is no part of the model, such as a setting in a module or "
+            "a file, or it cannot be run eagerly. It is traced anew for this trial and all "
+            "further ones of the kind.",
+            stacklevel=2,
+        )
+        self._pool.note(self._kind, f"traced anew: {difference}", unlike=True)
+        self._found = self._afresh()
+        return self._found(check.iterator())
 
 
-def _functions_in(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Yields the `tf.function`s that a function of Keras calls."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, tf.types.experimental.PolymorphicFunction):
-        yield value
-        return
-    for cell in getattr(value, "__closure__", None) or ():
-        if callable(cell.cell_contents) and not isinstance(cell.cell_contents, type):
-            yield from _functions_in(cell.cell_contents, seen)
+def _trace(function: Callable[[Any], Any], iterator: Any, fingerprint: Fingerprint) -> Any:
+    """Returns the concrete function in Keras's function of an iterator."""
+    inner = inspect.getclosurevars(function).nonlocals.get("multi_step_on_iterator")
+    if not isinstance(inner, tf.types.experimental.PolymorphicFunction):
+        raise Incomparable("the step is not traced as one function")
+    with _numbers_in(fingerprint):
+        return inner.get_concrete_function(iterator)
+
+
+def _runs(concrete: Any, kept: Any) -> Callable[[Any], Any]:
+    """Returns the function of an iterator that Keras makes of a traced one.
+
+    Args:
+        concrete: the traced function.
+        kept: what is to live as long as the function, which captures handles only.
+    """
+
+    def function(iterator: Any, kept: Any = kept) -> Any:
+        logs = concrete(iterator)
+        if not logs.has_value():
+            raise StopIteration
+        return logs.get_value()
+
+    return function
+
+
+@contextmanager
+def _numbers_in(fingerprint: Fingerprint) -> Iterator[None]:
+    """Has schedules read their numbers from variables while they are traced."""
+    given = [getattr(schedule, name) for schedule, name, _ in fingerprint.numbers]
+    for schedule, name, number in fingerprint.numbers:
+        setattr(schedule, name, number)
+    try:
+        yield
+    finally:
+        for (schedule, name, _), value in zip(fingerprint.numbers, given, strict=True):
+            setattr(schedule, name, value)
+
+
+def _check_operations(graph: Any) -> None:
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    for name in {node.op for node in nodes}:
+        # An unknown one is a function of the library, whose operations are looked at too.
+        known = op_def_registry.get(name)
+        harmless = name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
+        if known is not None and known.is_stateful and not harmless:
+            raise Incomparable(f"the step has the operation {name}, which keeps a state")

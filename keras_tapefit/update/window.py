@@ -45,7 +45,7 @@ class Window:
     def __init__(self, optimizer: Any, num_steps: int) -> None:
         self.num_steps = num_steps
         self._leaves = list(optimizers.leaves(optimizer))
-        self._updates = [
+        self.updates = [
             keras.Variable(
                 np.int64(0), dtype="int64", trainable=False, aggregation="only_first_replica"
             )
@@ -224,12 +224,12 @@ class Window:
             full: whether the window is, whose last step is counted already.
         """
         if first:
-            for leaf, updates in zip(self._leaves, self._updates, strict=True):
+            for leaf, updates in zip(self._leaves, self.updates, strict=True):
                 made = tf.cast(leaf_iterations(leaf).value, tf.int64) // self.num_steps
                 updates.assign(made - 1 if full else made)
-        with _swapped(self._leaves, self._updates):
+        with _swapped(self._leaves, self.updates):
             yield
-        for leaf, updates in zip(self._leaves, self._updates, strict=True):
+        for leaf, updates in zip(self._leaves, self.updates, strict=True):
             count = leaf_iterations(leaf)
             count.assign(tf.cast(updates.value * self.num_steps, count.dtype))
 

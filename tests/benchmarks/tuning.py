@@ -156,7 +156,7 @@ def run(search: Search, side: str) -> Found:
     with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter(), time.process_time()
         if side == "reuse":
-            build = tuning.TapeHyperModel(build, parts=())
+            build = tuning.TapeHyperModel(build, reuse=True)
         tuner = search.tuner(
             build,
             objective=keras_tuner.Objective("val_accuracy", "max"),

@@ -111,7 +111,7 @@ def test_more_steps_than_the_buffer_keeps():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(600, 6)).astype("float32")
     y = rng.normal(size=(600, 2)).astype("float32")
-    model = support.network(optimizer=keras.optimizers.SGD(0.02, 0.9))
+    model = support.network(optimizer=keras.optimizers.SGD(0.002, 0.9))
     begin = support.weights_of(model)
     history = callbacks.GradientHistory(updates=False)
     support.fit(model, [history], y, x=x, batch_size=1)
@@ -125,7 +125,7 @@ def test_more_steps_than_the_buffer_keeps():
         _, gradients = support.gradients_of(weights, x[i : i + 1], y[i : i + 1])
         norms.append({path: support.joint([g]) for path, g in gradients.items()})
         for path, gradient in gradients.items():
-            velocity[path] = 0.9 * velocity[path] - 0.02 * gradient
+            velocity[path] = 0.9 * velocity[path] - 0.002 * gradient
             weights[path] = weights[path] + velocity[path]
     for path in PATHS:
         truth = [row[path] for row in norms]

@@ -4,11 +4,10 @@ A line that ends in `# error` is a mistake that the checker is to find; a type t
 by `assert_type` is to be known.
 """
 
-from typing import Any
+from typing import Any, assert_type
 
 import keras
 import tensorflow as tf
-from typing_extensions import assert_type
 
 import keras_tapefit
 from keras_tapefit import Gradients, TapeModel, TapeSequential, backward, callbacks, hooks

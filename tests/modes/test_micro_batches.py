@@ -213,11 +213,6 @@ def _gradients(model, values, x, y):
             ValueError,
             "needs the whole batch at once, so `micro_batches` must be 1",
         ),
-        (
-            {"loss": keras.losses.MeanSquaredError(reduction="sum"), "micro_batches": 2},
-            ValueError,
-            "needs a loss that is a mean over examples",
-        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(options, error, text):

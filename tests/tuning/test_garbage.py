@@ -66,7 +66,7 @@ def test_nothing_is_lost(nothing_set_aside, search, light, data):
             nonlocal kept
             kept = None
 
-    tuner = search(tuning.TapeHyperModel(light, parts=()), max_trials=1)
+    tuner = search(tuning.TapeHyperModel(light, reuse=True), max_trials=1)
     tuner._deepcopy_callbacks = list
     tuner.search(*data, epochs=1, verbose=0, callbacks=[DropsIt(), Collects()])
     assert Collects.dead == [True] and reference() is not None
@@ -80,7 +80,7 @@ def test_a_search_that_fails_puts_it_back(nothing_set_aside, search, light, data
             assert gc.get_freeze_count()
             raise KeyboardInterrupt
 
-    tuner = search(tuning.TapeHyperModel(light, parts=()), max_trials=1)
+    tuner = search(tuning.TapeHyperModel(light, reuse=True), max_trials=1)
     with pytest.raises(KeyboardInterrupt):
         tuner.search(*data, epochs=1, verbose=0, callbacks=[Interrupts()])
     gc.collect()
@@ -89,7 +89,7 @@ def test_a_search_that_fails_puts_it_back(nothing_set_aside, search, light, data
 
 @pytest.mark.parametrize("reuse", [True, False])
 def test_outside_a_search_nothing_is_set_aside(reuse, nothing_set_aside, search, light, data):
-    tuner = search(tuning.TapeHyperModel(light, reuse=reuse, parts=()), max_trials=1)
+    tuner = search(tuning.TapeHyperModel(light, reuse=reuse), max_trials=1)
     tuner.hypermodel.build(tuner.oracle.get_space())
     assert gc.get_freeze_count() == 0
 

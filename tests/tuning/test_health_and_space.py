@@ -139,6 +139,93 @@ def test_parts_are_switched_and_conditional():
         tuning.gradient_hooks(hp, parts=("gates",))
 
 
+def stack(num_layers):
+    return TapeSequential([keras.Input((4,)), *(keras.layers.Dense(2) for _ in range(num_layers))])
+
+
+def frozen(hp, num_layers):
+    made = tuning.gradient_hooks(hp, stack(num_layers), ("freezing",))
+    return len(made[0].targets) if made else 0
+
+
+def test_one_layer_is_never_frozen():
+    hp = keras_tuner.HyperParameters()
+    assert frozen(hp, 1) == 0
+    # And the range of later models is their own.
+    assert frozen(hp, 3) == 0
+    (number,) = [p for p in hp.space if p.name == "gradient_hooks/num_frozen_layers"]
+    assert (number.min_value, number.max_value) == (0, 2)
+
+
+def test_models_may_have_other_numbers_of_layers_than_the_first():
+    hp = keras_tuner.HyperParameters()
+    frozen(hp, 3)
+    hp.values["gradient_hooks/num_frozen_layers"] = 2
+    assert frozen(hp, 3) == frozen(hp, 4 - 1) == 2
+    # Fewer: all but the last, for a number of epochs.
+    assert frozen(hp, 2) == 1
+    assert tuning.gradient_hooks(hp, stack(2), ("freezing",))[0].epochs == 1
+    # More: all but the last can be.
+    assert frozen(hp, 6) == 0
+    hp.values["gradient_hooks/num_frozen_layers_of_6"] = 5
+    assert frozen(hp, 6) == 5
+
+
+def test_a_search_over_the_number_of_layers(search):
+    seen = []
+
+    def build(hp):
+        model = stack(hp.Int("layers", 1, 5))
+        model.compile("sgd", "mse")
+        return model
+
+    class Sees(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            hooks_of_model = list(self.model.gradient_hooks)
+            seen.append((len(self.model.layers), sum(len(hook.targets) for hook in hooks_of_model)))
+
+    hypermodel = tuning.TapeHyperModel(build, parts=("freezing",))
+    tuner = search(hypermodel, max_trials=12)
+    x = np.zeros((4, 4), "float32")
+    tuner.search(
+        x, x[:, :2], epochs=1, validation_data=(x, x[:, :2]), verbose=0, callbacks=[Sees()]
+    )
+    assert all(trial.status == "COMPLETED" for trial in tuner.oracle.trials.values())
+    assert all(num_frozen < max(num_layers, 2) for num_layers, num_frozen in seen)
+    assert max(num_frozen for _, num_frozen in seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clipping", "globalnorm"),
+        ("gate", "nonfinite"),
+        ("noise", "yes"),
+        ("num_frozen_layers", "two"),
+        ("num_frozen_layers", -1),
+    ],
+)
+def test_an_unknown_fixed_value_is_an_error(name, value):
+    hp = keras_tuner.HyperParameters()
+    hp.Fixed(f"gradient_hooks/{name}", value)
+    with pytest.raises(ValueError, match=f"The hyperparameter '{name}' must be .* Received: "):
+        tuning.gradient_hooks(hp, stack(3), tuning.search_space.PARTS)
+    hp.Fixed("sharpness_aware", "yes")
+    with pytest.raises(ValueError, match="'sharpness_aware' must be one of"):
+        tuning.gradient_method(hp)
+
+
+def test_nothing_is_added_that_was_not_asked_for():
+    def build(hp):
+        model = stack(1)
+        model.compile("sgd", "mse")
+        return model
+
+    hp = keras_tuner.HyperParameters()
+    assert len(tuning.TapeHyperModel(build).build(hp).gradient_hooks) == 0
+    assert not hp.values
+
+
 def test_sharpness_is_a_hyperparameter():
     hp = keras_tuner.HyperParameters()
     assert type(tuning.gradient_method(hp)) is backward.Backpropagation

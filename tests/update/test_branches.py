@@ -1,4 +1,4 @@
-"""Branches of the update: as functions where all is on one CPU, and taken apart elsewhere."""
+"""The branch around an update that a gate may reject."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import tensorflow as tf
 
 from keras_tapefit import TapeSequential, hooks
-from keras_tapefit.update import replicas
 
 X = np.random.default_rng(3).normal(size=(24, 4)).astype("float32")
 Y = np.where(np.arange(24)[:, None] // 8 == 1, np.nan, X[:, :1])
@@ -24,45 +23,13 @@ def trained(**options):
     return [v.numpy() for v in [*model.weights, *model.optimizer.variables]], model
 
 
-def is_taken_apart(model):
-    """Whether TensorFlow is told to take the branch of the update apart."""
-    step = tf.function(lambda x, y: model.train_step((x, y))).get_concrete_function(X, Y)
-    library = step.graph.as_graph_def().library.function
-    nodes = [*step.graph.as_graph_def().node, *(n for f in library for n in f.node_def)]
-    branch = max((n for n in nodes if n.op == "If"), key=lambda node: len(node.input))
-    return branch.attr["_lower_using_switch_merge"].b
-
-
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=["graph", "XLA"])
-def test_both_kinds_of_branches_do_the_same(options, monkeypatch):
-    functions, model = trained(**options)
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}])
+def test_all_modes_skip_the_step(options):
+    """A branch in a graph, none in eager mode, a selection in a program of XLA."""
+    graph, model = trained()
     assert int(model.optimizer.iterations) == 2
-    monkeypatch.setattr(replicas, "on_one_cpu", lambda _: False)
-    taken_apart, _ = trained(**options)
-    for a, b in zip(functions, taken_apart, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_eager_mode_has_neither():
-    eager, _ = trained(run_eagerly=True)
-    for a, b in zip(eager, trained()[0], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_which_kind_it_is(monkeypatch):
-    assert not is_taken_apart(trained()[1])
-    monkeypatch.setattr(replicas, "on_one_cpu", lambda _: False)
-    assert is_taken_apart(trained()[1])
-
-
-def test_variables_on_several_devices():
-    first, second = (keras.Variable(1.0) for _ in range(2))
-    with tf.device("CPU:1"):
-        elsewhere = keras.Variable(1.0)
-    assert replicas.on_one_cpu([first, second, tf.Variable(1.0)])
-    assert not replicas.on_one_cpu([first, elsewhere])
-    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
-        assert not replicas.on_one_cpu([first, second])
+    for a, b in zip(trained(**options)[0], graph, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_on_several_devices_train():
