@@ -224,6 +224,12 @@ def _over_chunks(
 
 
 def _values(batch: Batch) -> list[tf.Tensor]:
+    values = [v for v in keras.tree.flatten(batch) if v is not None]
+    if any(isinstance(v, tf.SparseTensor | tf.RaggedTensor) for v in values):
+        raise ValueError(
+            "`PerExampleClipping` cannot take examples out of a sparse or ragged tensor one by "
+            "one. Make the input dense, as `tf.sparse.to_dense` does."
+        )
     return [tf.convert_to_tensor(v) for v in keras.tree.flatten(batch) if v is not None]
 
 

@@ -70,6 +70,7 @@ class RecordReader(keras.callbacks.Callback):
         self._begin()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._begin(after_batch=True)
         self._num_unread += self.model.steps_per_execution
         if self._is_due():
             self.drain()
@@ -100,10 +101,11 @@ class RecordReader(keras.callbacks.Callback):
 
     def _is_due(self) -> bool:
         """Whether the next execution may overwrite what was not fetched."""
-        assert self._records is not None
+        if self._records is None:
+            return False
         return self._num_unread + self.model.steps_per_execution > self._records.size
 
-    def _begin(self) -> None:
+    def _begin(self, after_batch: bool = False) -> None:
         if self._records is not None:
             return
         # After all callbacks have begun: one of them may have restored the model.
@@ -112,9 +114,11 @@ class RecordReader(keras.callbacks.Callback):
         recording = runtime.recording
         if recording.records is None:
             return
+        # What the first batch built has records since then, and these are of this training.
+        num_written = recording.records.count() if after_batch else 0
         recording.begin(runtime.steps_so_far())
         self._records, self._num_unread = recording.records, 0
-        self._position = recording.records.count()
+        self._position = recording.records.count() - num_written
         self.begin(recording.records, self._position)
 
     def __getstate__(self) -> dict[str, Any]:

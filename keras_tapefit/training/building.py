@@ -5,7 +5,6 @@ Keras counts neither as built, and then refuses to save or load their weights.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
@@ -75,14 +74,14 @@ def inner_hooks(model: Any) -> list[str]:
     return [name for name, runtime in runtimes if runtime is not None and runtime.hooks]
 
 
-def warn_of_inner_hooks(model: Any, stacklevel: int) -> None:
-    """Says which hooks are not applied, because they belong to a model inside."""
+def inner_hooks_finding(model: Any) -> str | None:
+    """Returns what to say of hooks that are not applied, for they are of a model inside."""
     names = inner_hooks(model)
-    if names:
-        warnings.warn(
-            f"The gradient hooks of {', '.join(map(repr, names))} are not applied: a step "
-            f"applies those of the model that is trained, which is {model.name!r}. Register "
-            "them there, for the inner model's weights: "
-            f"`model.register_gradient_hook(hook, targets=model.get_layer({names[0]!r}))`.",
-            stacklevel=stacklevel,
-        )
+    if not names:
+        return None
+    return (
+        f"The gradient hooks of {', '.join(map(repr, names))} are not applied: a step "
+        f"applies those of the model that is trained, which is {model.name!r}. Register "
+        "them there, for the inner model's weights: "
+        f"`model.register_gradient_hook(hook, targets=model.get_layer({names[0]!r}))`."
+    )

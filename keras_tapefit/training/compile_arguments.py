@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tapefit.backward import Backpropagation
 from keras_tapefit.gradients import Targets
 from keras_tapefit.hooks import HookHandle
-from keras_tapefit.training import keras_trainer
+from keras_tapefit.training import building, keras_trainer
 from keras_tapefit.training.runtime import Runtime
 
 Compile = TypeVar("Compile", bound=Callable[..., None])
@@ -123,4 +123,7 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
 
 def register(runtime: Runtime, hook: Any, targets: Targets, name: str | None) -> HookHandle:
     """Adds a hook to a model's list; see `TapeModel.register_gradient_hook`."""
-    return runtime.hooks.register(hook, targets, name, runtime.candidates())
+    model = runtime.model
+    # A model that owns a variable before it is built has others to come.
+    is_known = model.built or building.parts_are_built(model)
+    return runtime.hooks.register(hook, targets, name, runtime.candidates() if is_known else ())

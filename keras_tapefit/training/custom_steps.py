@@ -12,6 +12,8 @@ change.
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,15 +51,21 @@ def _run(runtime: Runtime, train_step: Callable[[Any], Any], data: Any) -> Any:
 
 def _traced_whole(runtime: Runtime, train_step: Any) -> Callable[[Any], Any]:
     """Returns the step as one `tf.function` with all that belongs to it."""
-    convert = tf.__internal__.autograph.tf_convert
-    status = tf.__internal__.autograph.control_status_ctx
+    inner = train_step.python_function
+    if train_step._autograph:
+        # TensorFlow binds methods weakly, in a wrapper of its own.
+        method = getattr(inner, "__wrapped__", None)
+        if isinstance(method, types.MethodType):
+            inner = functools.partial(tf.autograph.to_graph(method.__func__), runtime.model)
+        else:
+            inner = tf.autograph.to_graph(inner)
 
     def whole(data: Any) -> Any:
-        inner = train_step.python_function
-        if train_step._autograph:
-            inner = convert(inner, status())
         return _run(runtime, inner, data)
 
+    if tf.inside_function() and not train_step._jit_compile:
+        # Replicas cannot meet in a function inside of the one they run in.
+        return whole
     return tf.function(whole, autograph=False, jit_compile=train_step._jit_compile)
 
 

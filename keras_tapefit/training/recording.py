@@ -38,6 +38,11 @@ class Recording:
         """
         self._requests[who] = request
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether anybody wants records."""
+        return len(self._requests) > 0
+
     def release(self, who: Any) -> None:
         """Ends the request of `who`."""
         self._requests.pop(who, None)

@@ -45,13 +45,28 @@ class Step:
         self._accepted: tf.Tensor | None = None
         self._reports: list[Report] = []
         self._loss: Any = None
-        records = runtime.recording.records
-        self._record = None if records is None else StepRecord(records)
+        self._record: StepRecord | None = None
 
     def _put_aside(self, variables: list[Any]) -> None:
         new = [v for v in variables if id(v) not in self._undone]
         self._undone.update((id(v), v) for v in new)
         self._rollbacks.append(Rollback(new))
+
+    def noticing_new(self) -> Any:
+        """Puts aside what variables begin with that are made in this context.
+
+        A model that its first batch builds makes them in the middle of the step. In a
+        graph they are made in a trace, and the step that runs knows them.
+        """
+        if not (self._rejects and tf.executing_eagerly()):
+            return contextlib.nullcontext()
+
+        def make(next_creator: Any, **kwargs: Any) -> Any:
+            variable = next_creator(**kwargs)
+            self._rollbacks.append(Rollback([variable]))
+            return variable
+
+        return tf.variable_creator_scope(make)
 
     def update(self, computed: Computed, optimizer: Any, scaled: bool = True) -> None:
         """Takes gradients to the weights: replicas, loss scale, hooks, gate, optimizer.
@@ -63,6 +78,9 @@ class Step:
         """
         if self._rejects and self._everything:
             self._put_aside(list(optimizer.variables))
+        if any(hook._built_for is None for hook in self.runtime.hooks):
+            # A loop by hand may call `train_step` past everything that prepares it.
+            self.runtime.prepare()
         self.updated = True
         self._loss = computed.loss
         with undoing_updates(bool(self.runtime.model.jit_compile)):
@@ -73,8 +91,13 @@ class Step:
             self._accepted = outcome.accepted if before is None else before & outcome.accepted
 
     def _outcome(self, computed: Computed, optimizer: Any, scaled: bool) -> Outcome:
-        runtime, record, watch = self.runtime, self._record, None
+        runtime, watch = self.runtime, None
         hooks, window = runtime.hooks, runtime.window_of(optimizer)
+        records = runtime.recording.records
+        if self._record is None and records is not None:
+            # Not before: a model that its first batch builds has records since then.
+            self._record = StepRecord(records)
+        record = self._record
         if record is not None:
             watch = record.begin_update(optimizer, window is not None)
         gradients = computed.gradients
@@ -94,7 +117,7 @@ class Step:
                 scaled,
                 window,
                 runtime.entries,
-                runtime.recording.records,
+                records,
                 watch,
             )
         if record is not None and outcome.seen is not None:
@@ -201,7 +224,8 @@ def custom_step(runtime: Runtime, data: Any) -> Iterator[CustomStep]:
     """
     outer, _open.step = _open.step, CustomStep(runtime, data)
     try:
-        yield _open.step
+        with _open.step.noticing_new():
+            yield _open.step
     finally:
         _open.step = outer
 

@@ -53,6 +53,22 @@ def check_scope(model: Any, with_model: bool = True) -> None:
         keras_trainer.keep_strategy(model)
 
 
+def check_storage(model: Any, keeps_state: bool) -> None:
+    """Refuses state that a step changes where all replicas share one copy of it.
+
+    Raises:
+        ValueError: under a `CentralStorageStrategy` of several replicas.
+    """
+    strategy = model.distribute_strategy
+    central = tf.distribute.experimental.CentralStorageStrategy
+    if keeps_state and isinstance(strategy, central) and strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "Gradient hooks, gradient accumulation and records of steps do not work with "
+            "several replicas under a CentralStorageStrategy, which cannot change their state "
+            "in a step. Use `tf.distribute.MirroredStrategy`, or one device."
+        )
+
+
 def needs_own_function(model: Any) -> bool:
     """Whether Keras's own function for an execution fails for this model."""
     return has_workers(model) or (_has_replicas(model) and model.steps_per_execution > 1)

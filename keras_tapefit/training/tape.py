@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class StepTape(tf.GradientTape):
         self._undivided = losses.undivided()
         self._step: CustomStep | None = None
         self._is_own = False
+        self._noticing: Any = None
 
     def __enter__(self) -> StepTape:
         # In a loop of the user's own no step is open: it begins here.
@@ -41,6 +43,8 @@ class StepTape(tf.GradientTape):
                 self._runtime.prepare()
             self._step = CustomStep(self._runtime)
         self._step.used_tape = True
+        self._noticing = self._step.noticing_new() if self._is_own else contextlib.nullcontext()
+        self._noticing.__enter__()
         self._undivided.__enter__()
         super().__enter__()
         return self
@@ -48,6 +52,7 @@ class StepTape(tf.GradientTape):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._undivided.__exit__(*exception)
+        self._noticing.__exit__(*exception)
 
     # As Keras does with its own step: what runs in it is no code for AutoGraph.
     @tf.autograph.experimental.do_not_convert

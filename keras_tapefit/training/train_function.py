@@ -144,12 +144,16 @@ class TrainFunction(TracedFunction):
             return
         leaves = list(optimizers.leaves(optimizer))
         for finding in order_findings(list(runtime.hooks), leaves, runtime.backward):
-            if finding not in self._said:
-                self._said.add(finding)
-                warnings.warn(finding, stacklevel=3)
+            self.say(finding)
         if runtime.made_entries is not None:
             kept = [hook for _, structure in self._traces for hook, _ in structure[0]]
             runtime.made_entries.keep([*kept, *runtime.hooks, self._model, None])
+
+    def say(self, finding: str | None) -> None:
+        """Warns of a finding, once."""
+        if finding is not None and finding not in self._said:
+            self._said.add(finding)
+            warnings.warn(finding, stacklevel=4)
 
     def _settle(self, key: Any) -> None:
         """Remembers a trace under the flags of a model that its first call completed."""

@@ -207,8 +207,12 @@ class TapeTrainer:
         if isinstance(self.train_function, TrainFunction):
             self.train_function.refresh()
             self.train_function.may_run_out = runtime.may_run_out
+            if not _has_custom_step(self):
+                self.train_function.say(building.inner_hooks_finding(self))
         if self.built:
             runtime.prepare()
+        keeps_state = bool(runtime.hooks) or runtime.has_window or runtime.recording.is_asked
+        strategies.check_storage(self, keeps_state)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], Any] | None:
@@ -236,8 +240,6 @@ class TapeTrainer:
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         runtime = runtime_of(self)
         strategies.check_scope(self)
-        if not _has_custom_step(self):
-            building.warn_of_inner_hooks(self, stacklevel=3)
         runtime.recording.end()
         self.make_train_function()
         # The next class in line, which need not be Keras's own, may take other arguments.

@@ -17,17 +17,22 @@ class Rollback:
     BatchNormalization statistics, seeds, metrics and the state of hooks.
 
     Args:
-        variables: Keras variables; those made later in the step are not covered.
+        variables: Keras variables, or TensorFlow's; those made later in the step are not
+            covered.
     """
 
     def __init__(self, variables: Sequence[Any]) -> None:
-        self._saved = [(v, tf.identity(v.value)) for v in variables]
+        self._saved = [(v, tf.identity(_value(v))) for v in variables]
 
     def restore_unless(self, accepted: tf.Tensor) -> None:
         """Puts the values back where `accepted`, a scalar bool, is false."""
         for variable, before in self._saved:
             # A selection: 0 · NaN is NaN.
-            variable.assign(tf.where(accepted, variable.value, before))
+            variable.assign(tf.where(accepted, _value(variable), before))
+
+
+def _value(variable: Any) -> Any:
+    return variable if isinstance(variable, tf.Variable) else variable.value
 
 
 class _Mode(threading.local):

@@ -348,7 +348,10 @@ def test_R9_gradients_inside_the_scope(num_replicas):
         keras.utils.set_random_seed(5)
         model = dense()
         model.compile(keras.optimizers.SGD(0.2), "mse")
-        inside = model.compute_gradients(X[:12], Y[:12])
+        # On which replica, is not said: refused by name.
+        with pytest.raises(ValueError, match="Call it outside of `with strategy.scope"):
+            model.compute_gradients(X[:12], Y[:12])
+    outside = model.compute_gradients(X[:12], Y[:12])
     keras.utils.set_random_seed(5)
     expected = dense(keras.Model)
     with tf.GradientTape() as tape:
@@ -356,7 +359,7 @@ def test_R9_gradients_inside_the_scope(num_replicas):
     right = tape.gradient(loss, [v.value for v in expected.trainable_variables])
     for variable, gradient in zip(model.trainable_variables, right, strict=True):
         np.testing.assert_allclose(
-            np.asarray(inside[variable]), gradient.numpy(), rtol=1e-5, atol=1e-7
+            np.asarray(outside[variable]), gradient.numpy(), rtol=1e-5, atol=1e-7
         )
 
 
