@@ -124,7 +124,7 @@ def test_N3_wrong_arguments_are_refused_as_there(base):
 # --- N4: `@tf.function` on `train_step`
 
 
-def stepping(decorate, own_loss=False):
+def stepping(decorate, own_loss=False, dropout=0.2):
     class Net(TapeModel):
         @decorate
         def train_step(self, data):
@@ -139,7 +139,7 @@ def stepping(decorate, own_loss=False):
     hidden = layers.BatchNormalization(name="norm")(
         layers.Dense(5, activation="tanh", name="a")(inputs)
     )
-    return Net(inputs, layers.Dense(2, name="b")(layers.Dropout(0.2, seed=3)(hidden)))
+    return Net(inputs, layers.Dense(2, name="b")(layers.Dropout(dropout, seed=3)(hidden)))
 
 
 DECORATORS = {
@@ -182,7 +182,9 @@ def test_N4_with_options_of_its_own(decorator):
     runs = []
     for decorate in (DECORATORS[decorator], lambda f: f):
         chosen = [hooks.SkipNonFinite(), hooks.GradientMonitor()]
-        model = built(lambda _, d=decorate: stepping(d), gradient_hooks=chosen)
+        # XLA draws other random numbers.
+        make = lambda _, d=decorate: stepping(d, dropout=0.0)  # noqa: E731
+        model = built(make, gradient_hooks=chosen)
         runs.append((model, fit(model, epochs=2)))
     assert_near(runs[0][0], runs[1][0])
     assert_same_logs(runs[0][1], runs[1][1])
