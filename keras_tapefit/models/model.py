@@ -1,4 +1,8 @@
-"""`TapeModel`: `keras.Model` with the training step written out."""
+"""`TapeModel`: `keras.Model` with the training step written out.
+
+Private names used here: `Sequential._layers`. Checked with Keras 3.15.1;
+`tests/models/test_private_names.py` fails when they change.
+"""
 
 from __future__ import annotations
 

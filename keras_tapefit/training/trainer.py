@@ -1,4 +1,9 @@
-"""The training step written out, and the methods that go with it."""
+"""The training step written out, and the methods that go with it.
+
+Private names used here: `Model._maybe_symbolic_build` and `_get_metrics_result_or_logs`,
+which it overrides. Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails
+when they change.
+"""
 
 from __future__ import annotations
 

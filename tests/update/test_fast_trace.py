@@ -210,5 +210,5 @@ def test_the_private_names_of_keras_are_as_expected():
     seen = []
     optimizer.__dict__["update_step"] = lambda *arguments: seen.append(arguments)
     optimizer.apply([tf.zeros(shape) for shape in SHAPES])
-    assert [v.value is given for v, (_, given, _) in zip(variables, seen, strict=True)]
+    assert all(v.value is given for v, (_, given, _) in zip(variables, seen, strict=True))
     assert all(isinstance(given, tf.Variable) for _, given, _ in seen)

@@ -43,7 +43,7 @@ def test_apply_all_reduces_by_its_own_method():
 def test_averages_are_beside_the_trainable_variables():
     variables = [keras.Variable(tf.fill((2,), float(i))) for i in range(3)]
     optimizer = _optimizer(variables, use_ema=True)
-    assert [v is w for v, w in zip(variables, optimizer._trainable_variables, strict=True)]
+    assert all(v is w for v, w in zip(variables, optimizer._trainable_variables, strict=True))
     averages = optimizer._model_variables_moving_average
     assert [a.shape for a in averages] == [v.shape for v in variables]
     # Keras walks both from the start, which is why `average_only` shortens them.
