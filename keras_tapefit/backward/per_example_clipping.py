@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -122,7 +123,9 @@ class PerExampleClipping(GradientMethod):
             if total is None:
                 return None
             total = (total + tf.cast(noise, total.dtype)) * tf.cast(factor, total.dtype)
-            return tf.cast(tf.where(overflow, float("nan"), total), variable.dtype)
+            return tf.cast(
+                tf.where(overflow, tf.constant(math.nan, total.dtype), total), variable.dtype
+            )
 
         values = [finished(*row) for row in zip(sums, noise, variables, strict=True)]
         return forward.computed([values], variables)

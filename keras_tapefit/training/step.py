@@ -153,11 +153,12 @@ class Step:
                 logs = {k: tracked.get(k, v) for k, v in logs.items()}
         if self.updated:
             if self._reports or self._rejects:
-                taken = {"loss", *(metric.name for metric in runtime.model.metrics)}
+                own = {r.name for r in self._reports if r.hook is runtime.model}
+                taken = {"loss", *(logs if isinstance(logs, dict) else ())} - own
                 log(runtime.entries, self._reports, accepted, self._rejects, taken)
-            runtime.count_step(accepted)
             if self._record is not None:
                 self._record.write(self._loss)
+        runtime.count_step(accepted)
         if not isinstance(logs, dict):
             return logs
         return {**logs, **runtime.logged()}

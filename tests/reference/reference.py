@@ -281,13 +281,16 @@ class _Loop:
         self.norms: list[float] = []
         skipped = 0
         for batch in batches:
-            gradients, loss, _ = self.gradients(batch, active)
+            gradients, loss, own = self.gradients(batch, active)
             bad = self.t.gate and not np.isfinite(norm(gradients))
             record = {"loss": loss, "gradient_norm": norm(gradients), "skipped": bad}
             self.records.append({**record, "after": np.nan})
             skipped += bad
             if not bad:
                 self.window.append(batch)
+                # Each step logs the loss of its own batch, while gradients accumulate too.
+                terms = own if len(own) > 1 else {}
+                self.entries.append((len(batch["x"]), {"loss": loss, **terms}))
             if len(self.window) == self.t.window:
                 self.update(active)
         if self.window and self.t.leftovers:
@@ -327,8 +330,7 @@ class _Loop:
         """Makes one update of the union of the batches in the window."""
         union = {k: np.concatenate([b[k] for b in self.window]) for k in self.window[0]}
         self.window = []
-        gradients, loss, own = self.gradients(union, active)
-        self.entries.append((len(union["x"]), {"loss": loss, **(own if len(own) > 1 else {})}))
+        gradients, _, _ = self.gradients(union, active)
         groups = [gradients]
         if self.t.loss.separate:
             last = {k: g for k, g in gradients.items() if k.startswith("end/")}

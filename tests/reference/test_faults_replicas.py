@@ -27,13 +27,17 @@ from .support import (
 # Of 43 examples in batches of 12, the last one has 7: 4 and 3. Of 37, the last one has 1.
 UNEVEN, EMPTY = 43, 37
 
+pytestmark = pytest.mark.slow
+
 
 # --- R1: a strategy with one device
 
 
 def _one_device(how):
     if how == "mirrored":
-        return tf.distribute.MirroredStrategy(["CPU:0"])
+        return tf.distribute.MirroredStrategy(
+            ["CPU:0"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+        )
     if how == "mirrored, default device":
         # What a machine with one GPU gets.
         return mirrored(1)
@@ -119,7 +123,8 @@ def test_R2_uneven_batches_before_the_backward_pass(case, num_examples, num_repl
     make, options = UPHILL[case]
     found, logs = _on(num_replicas, make, num_examples, **options())
     expected, right = _on(None, make, num_examples, **options())
-    assert_near(found, expected, 2e-6)
+    # The way uphill amplifies what float32 rounds.
+    assert_near(found, expected, 5e-6)
     assert_same_logs(logs, right)
 
 
