@@ -15,6 +15,8 @@ from keras_tapefit import TapeModel, TapeSequential, callbacks, hooks
 
 from .support import X, Y, assert_same_bits, assert_same_logs, fit, scope, weights
 
+pytestmark = pytest.mark.slow
+
 MODES = {
     "graph": {},
     "eager": {"run_eagerly": True},
