@@ -142,6 +142,15 @@ class Runtime:
             self.state.restore_pending()
         self._freeze_what_was()
 
+    def prepare_hooks(self) -> None:
+        """Makes the state of hooks that have none yet, in the middle of a step.
+
+        The model may have been built just now, and a loop by hand may call `train_step`
+        past everything that prepares it.
+        """
+        if any(hook._built_for is None for hook in self.hooks):
+            self.prepare()
+
     def _freeze_what_was(self) -> None:
         frozen, self.frozen_when_built = self.frozen_when_built, []
         variables = self.candidates()

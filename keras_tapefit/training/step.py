@@ -78,9 +78,10 @@ class Step:
         """
         if self._rejects and self._everything:
             self._put_aside(list(optimizer.variables))
-        if any(hook._built_for is None for hook in self.runtime.hooks):
-            # A loop by hand may call `train_step` past everything that prepares it.
-            self.runtime.prepare()
+        self.runtime.prepare_hooks()
+        if self._rejects:
+            # What was made in this step, such as the state of its hooks.
+            self._put_aside(self.runtime.state.undone_variables(self._everything))
         self.updated = True
         self._loss = computed.loss
         with undoing_updates(bool(self.runtime.model.jit_compile)):
@@ -144,7 +145,8 @@ class Step:
         """
         runtime, accepted = self.runtime, self._accepted
         if accepted is not None and self._rollbacks:
-            for rollback in self._rollbacks:
+            # What was put aside first is what the step began with.
+            for rollback in reversed(self._rollbacks):
                 rollback.restore_unless(accepted)
             if isinstance(logs, dict):
                 tracked = runtime.model.get_metrics_result()

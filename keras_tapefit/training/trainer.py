@@ -56,7 +56,8 @@ class TapeTrainer:
         # A `tf.GradientTape` around forward pass and loss, the backward pass over the
         # variables being trained now; `backward` and `micro_batches` say how.
         objective = ModelObjective(runtime, apart=runtime.divides_in_parts)
-        computed = runtime.gradient_method().compute(objective, batch)
+        with step.noticing_new():
+            computed = runtime.gradient_method().compute(objective, batch)
         keras_trainer.track_loss(self, computed.loss, computed.examples, computed.all_examples)
         losses.track_terms(self, computed.terms, computed.outputs, objective.num_replicas())
         # Replicas summed, loss scale removed; hooks; gate; optimizer; record.

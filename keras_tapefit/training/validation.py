@@ -31,6 +31,7 @@ def watch(
     variables = model.trainable_variables
     if not runtime.hooks.watches_validation or not variables:
         return {}
+    runtime.prepare_hooks()
     _, [found] = objective.gradients_at(batch, like=forward)
     gradients = Gradients(zip(found, variables, strict=True))
     if forward.counts is not None:

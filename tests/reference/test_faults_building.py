@@ -15,6 +15,8 @@ from keras_tapefit import TapeModel, TapeSequential, callbacks, hooks
 
 from .support import X, Y, assert_same_bits, assert_same_logs, fit, scope, weights
 
+pytestmark = pytest.mark.slow
+
 MODES = {
     "graph": {},
     "eager": {"run_eagerly": True},
@@ -467,6 +469,32 @@ def test_M5_test_on_batch_predict_and_gradients_first(mode):
         fit(model, callbacks=[callbacks.GradientHistory()])
         found.append(model)
     assert_same_bits(*found)
+
+
+class Odd(Net):
+    """Looks at numbers, so that Keras can build it by a batch only, and eagerly."""
+
+    def call(self, x, training=False):
+        return super().call(x * 2.0 if np.asarray(x).sum() == 1e9 else x, training=training)
+
+
+def test_M1_M4_M5_a_model_that_only_a_batch_can_build(monkeypatch):
+    """An evaluation, records, and a first batch that is not finite."""
+    monkeypatch.setitem(KINDS, "odd", Odd)
+    monitor = hooks.GradientMonitor(validation=True)
+    found = []
+    for evaluates in (True, False):
+        for model in pair("odd", "eager", gradient_hooks=[monitor, hooks.SkipNonFinite()]):
+            history = callbacks.GradientHistory()
+            if evaluates:
+                model.evaluate(X, Y, verbose=0)
+            logs = fit(model, with_nan(3), callbacks=[history], validation_data=(X, Y))
+            found.append((model, logs, history["gradient_norm"]))
+    for ours, theirs in (found[:2], found[2:], found[::2]):
+        assert_same_bits(ours[0], theirs[0])
+        assert_same_logs(ours[1], theirs[1], rtol=0)
+        np.testing.assert_array_equal(ours[2], theirs[2])
+    assert len(found[0][2]) == 6
 
 
 # --- M6: targets of what is to come

@@ -24,6 +24,8 @@ from .support import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def built(make, kind=TapeModel, **options):
     keras.utils.set_random_seed(5)
