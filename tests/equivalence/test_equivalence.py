@@ -8,7 +8,7 @@ from keras_tapefit import backward, hooks
 from . import cases
 
 EVERYDAY = ("embedding", "SGD")
-OF_TABLE = [pytest.mark.slow, pytest.mark.table]
+OF_TABLE = [pytest.mark.slow, pytest.mark.long]
 CELLS = [
     pytest.param(
         hook,
@@ -17,7 +17,7 @@ CELLS = [
         optimizer,
         marks=[]
         if mode.everyday and (model, optimizer) == EVERYDAY
-        else [pytest.mark.slow, pytest.mark.table],
+        else [pytest.mark.slow, pytest.mark.long],
         id=f"{hook}-{mode.name}-{model}-{optimizer}",
     )
     for hook in cases.HOOKS

@@ -13,6 +13,8 @@ from keras_tapefit import Gradients, TapeModel, hooks
 from keras_tapefit.gradients import norms
 from keras_tapefit.hooks.step import Step
 
+pytestmark = pytest.mark.slow
+
 MODES = {
     "graph": {"jit_compile": False},
     "XLA": {"jit_compile": True},

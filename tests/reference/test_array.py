@@ -13,7 +13,7 @@ ROWS = array.pairs()
 
 
 @pytest.mark.slow
-@pytest.mark.table
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 @pytest.mark.parametrize("row", ROWS, ids=array.identity)
 def test_a_row(row, tmp_path):

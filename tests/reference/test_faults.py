@@ -33,6 +33,8 @@ from .support import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 IN_PARTS = ["micro-batches", "accumulated", "replicas"]
 # Of 8 rows; halves and pairs of replicas have unequal shares of them.
 LENGTHS = np.array([6, 6, 5, 6, 1, 2, 1, 1] * 2)

@@ -15,7 +15,7 @@ from keras_tapefit import TapeModel, TapeSequential, callbacks, hooks
 
 from .support import X, Y, assert_same_bits, assert_same_logs, fit, scope, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 MODES = {
     "graph": {},

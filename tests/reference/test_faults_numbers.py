@@ -329,7 +329,7 @@ assert all(np.isfinite(w).all() for w in model.get_weights())
 print("trained")
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_P5b_examples_of_a_transformer_block():

@@ -24,7 +24,7 @@ from .support import (
     weights,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def built(make, kind=TapeModel, **options):

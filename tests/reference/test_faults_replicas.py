@@ -27,7 +27,7 @@ from .support import (
 # Of 43 examples in batches of 12, the last one has 7: 4 and 3. Of 37, the last one has 1.
 UNEVEN, EMPTY = 43, 37
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 # --- R1: a strategy with one device

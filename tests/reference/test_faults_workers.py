@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 240

@@ -942,7 +942,8 @@ SLOW = ("XLA", "inside Co", "inside Po", "inside In", "on_epoch_begin", "nested 
 
 def marked(name):
     is_slow = any(part in name for part in SLOW)
-    return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
+    marks = [pytest.mark.slow, pytest.mark.long] if is_slow else [pytest.mark.slow]
+    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", list(map(marked, SCENARIOS)))
