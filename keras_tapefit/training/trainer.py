@@ -233,7 +233,8 @@ class TapeTrainer:
         if iterator is not None and not runtime.evaluating:
             runtime.may_run_out = keras_trainer.may_run_out(iterator)
         if iterator is None or not strategies.needs_own_build(self):
-            if not keras_trainer.is_built(self):
+            # A trace that is kept must not be what makes losses and metrics.
+            if not keras_trainer.is_built(self) or runtime.trace_source is not None:
                 keras_trainer.build_from_spec(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
