@@ -160,7 +160,7 @@ def test_one_trace_for_each_set():
 
 @pytest.mark.parametrize("base", [keras.Sequential, TapeSequential])
 def test_traces_of_a_model_that_is_not_built(base):
-    """Its variables are made before the first trace, which so is the only one."""
+    """Its variables are made before the first trace, which is the only one; not so in Keras."""
     traces = []
 
     class Net(base):
@@ -172,7 +172,7 @@ def test_traces_of_a_model_that_is_not_built(base):
     model.compile("adam", "mse")
     _fit(model, 2)
     _fit(model, 2)
-    assert len(traces) == 1
+    assert len(traces) == (1 if base is TapeSequential else 2)
 
 
 def _matmuls(model):
