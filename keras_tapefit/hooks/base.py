@@ -21,7 +21,7 @@ from keras_tapefit.gradients import (
 )
 from keras_tapefit.gradients.targets import check_targets, describe, is_variable, matching
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
-from keras_tapefit.hooks.step import Report, current_step
+from keras_tapefit.hooks.step import LogEntry, current_step
 
 Hook = TypeVar("Hook", bound="GradientHook")
 
@@ -370,7 +370,7 @@ class GradientHook:
                 f"The log entry {name!r} of hook {self.name!r} must be a scalar. "
                 f"Received: a tensor of shape {tuple(value.shape)}."
             )
-        self._step("report").reports.append(Report(self, name, value, reduction))
+        self._step("report").entries.append(LogEntry(self, name, value, reduction))
 
     def skip_step(self, when: Any) -> None:
         """Has the whole step skipped, as if it had not been, where `when` is true.

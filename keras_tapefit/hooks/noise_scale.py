@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
-from keras_tapefit.hooks.step import Parts, Report
+from keras_tapefit.hooks.step import LogEntry, Parts
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -97,5 +97,5 @@ class NoiseScale(GradientHook):
         entry = "noise_scale" if self._name is None else f"{self._name}_noise_scale"
         counts = tf.cast(usable & (self.signal > 0.0), tf.float32)
         scale = tf.math.divide_no_nan(self.noise, tf.maximum(self.signal, 0.0))
-        self._step("report").reports.append(Report(self, entry, scale, "mean", counts))
+        self._step("report").entries.append(LogEntry(self, entry, scale, "mean", counts))
         return gradients

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 @dataclass
-class Report:
+class LogEntry:
     """A scalar on its way to the logs.
 
     Attributes:
@@ -58,7 +58,7 @@ class Step:
         loss: scalar float32, the loss of the global batch, where a hook asks for it.
         parts: how large the gradients of the parts of the global batch are; where a
             hook asks for it and there are any.
-        reports: the scalars reported, in order.
+        entries: the scalars reported, in order.
         rejections: scalar bools; any that is true skips the update.
         hook: the hook that is being applied.
     """
@@ -66,7 +66,7 @@ class Step:
     index: tf.Tensor
     loss: tf.Tensor | None = None
     parts: Parts | None = None
-    reports: list[Report] = field(default_factory=list)
+    entries: list[LogEntry] = field(default_factory=list)
     rejections: list[tf.Tensor] = field(default_factory=list)
     hook: Any = None
 

@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.training.step import CustomStep, custom_step, open_step
@@ -136,7 +136,7 @@ def _complete_logs(step: CustomStep, logs: Any) -> Any:
         for name, value in extra.items():
             share = tf.math.multiply_no_nan(tf.cast(value, tf.float32), step.examples)
             mean = tf.math.divide_no_nan(replicas.sum_over(share), total)
-            step.report(Report(model, name, mean, "mean", total))
+            step.report(LogEntry(model, name, mean, "mean", total))
     return logs
 
 

@@ -3,7 +3,8 @@
 Private names used here: `Model._loss_tracker`, `_assert_compile_called`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
-`TFEpochIterator._distributed_dataset`,
+`TFEpochIterator._distributed_dataset`, `_compile_metrics`, `_compile_loss`,
+`keras.src.backend.compute_output_spec`,
 `keras.src.backend.tensorflow.trainer.reduce_per_replica`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`.
 Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they change.
@@ -155,6 +156,39 @@ def build_from_spec(model: Any, epoch_iterator: Any, data_batch: Any = None) -> 
         spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
     if spec is not None and strategy_of(model) is None:
         build(model, spec)
+
+
+def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
+    """Makes losses and metrics of a model whose outputs are known, without a call of it.
+
+    Args:
+        model: the model; one without `outputs` is left to its first step.
+        epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
+        data_batch: a batch, where there is no iterator.
+    """
+    spec = data_batch
+    if epoch_iterator is not None:
+        spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    outputs = getattr(model, "output", None) if getattr(model, "outputs", None) else None
+    if spec is None or outputs is None or model.optimizer is None:
+        return
+
+    def symbolic(value: Any) -> Any:
+        return None if value is None else keras.KerasTensor(value.shape, value.dtype.name)
+
+    try:
+        x, y, weight = keras.tree.map_structure(
+            symbolic, keras.utils.unpack_x_y_sample_weight(spec)
+        )
+        metrics, loss = model._compile_metrics, model._compile_loss
+        compute = keras.src.backend.compute_output_spec
+        if metrics is not None and not metrics.built:
+            compute(model.compute_metrics, x, y, outputs, sample_weight=weight)
+        if loss is not None and not loss.built:
+            compute(loss, y, outputs, weight)
+    except Exception:
+        # The first step builds what is left, or shows what is wrong.
+        return
 
 
 def build(model: Any, data_batch: Any) -> None:

@@ -124,10 +124,7 @@ def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.
         # Its list of losses is made by the first call, which leaves no other trace.
         with keras.StatelessScope():
             compiled(batch[1], y_pred, batch[2])
-    compiled._flat_losses[:] = [
-        item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
-        for item in compiled._flat_losses
-    ]
+    listen(model)
     heard = _state.heard = []
     try:
         with _silent(compiled):
@@ -146,6 +143,16 @@ def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.
         value = tf.cast(_scalar(value), compiled.dtype)
         terms.append(Term(place, value, item.loss_weights, divisor, kind))
     return total, terms
+
+
+def listen(model: Any) -> None:
+    """Has the compiled losses of a model tell what they give, where they are known."""
+    compiled = model._compile_loss
+    if compiled is not None and compiled.built:
+        compiled._flat_losses[:] = [
+            item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
+            for item in compiled._flat_losses
+        ]
 
 
 def additional(model: Any) -> list[tf.Tensor]:

@@ -13,8 +13,8 @@ import tensorflow as tf
 from keras_tapefit.backward import Backpropagation, GradientMethod, MicroBatches
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
-from keras_tapefit.hooks.reports import Reports
-from keras_tapefit.training import keras_trainer
+from keras_tapefit.hooks.log_entries import LogEntries
+from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.recording import Recording
 from keras_tapefit.training.state import State
 from keras_tapefit.update import loaded_optimizers, optimizers, trainable
@@ -58,7 +58,7 @@ class Runtime:
         self.state = State(self)
         self.trace_source: TraceSource | None = None
         self.training_steps: Any = None
-        self.made_entries: Reports | None = None
+        self.made_entries: LogEntries | None = None
         self.evaluating = False
         # Whether the data of this training may end before Keras expects it to.
         self.may_run_out = False
@@ -134,12 +134,13 @@ class Runtime:
             self._make_windows()
             if self.hooks:
                 self.hooks.prepare(variables, self.unit, self._owner)
-            if self.hooks or self.has_window or tf.distribute.has_strategy():
-                self._make_entries()
+            self._make_entries()
             if self.has_window or any(hook.uses_step_count for hook in self.hooks):
                 self._make_step_count()
             self.recording.prepare(variables, self.model.steps_per_execution)
             self.state.restore_pending()
+        if self.divides_in_parts:
+            losses.listen(self.model)
         self._freeze_what_was()
 
     def prepare_hooks(self) -> None:
@@ -242,7 +243,7 @@ class Runtime:
         return self._owners.get(id(variable), id(variable))
 
     @property
-    def entries(self) -> Reports:
+    def entries(self) -> LogEntries:
         """The log entries of the epoch."""
         if self.made_entries is None:
             with tf.init_scope(), self.scope():
@@ -252,7 +253,7 @@ class Runtime:
 
     def _make_entries(self) -> None:
         if self.made_entries is None:
-            self.made_entries = Reports(128 + 4 * len(self.candidates()))
+            self.made_entries = LogEntries(128 + 4 * len(self.candidates()))
 
     def entry_names(self, validation: bool = False) -> list[str]:
         """Returns the names of the log entries that the hooks report now."""

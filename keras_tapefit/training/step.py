@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import replicas
@@ -43,7 +43,7 @@ class Step:
         # By window how often its optimizer was called, and the steps in it before.
         self._calls: dict[int, tuple[int, tf.Tensor]] = {}
         self._accepted: tf.Tensor | None = None
-        self._reports: list[Report] = []
+        self._entries_of_step: list[LogEntry] = []
         self._loss: Any = None
         self._record: StepRecord | None = None
 
@@ -86,7 +86,7 @@ class Step:
         self._loss = computed.loss
         with undoing_updates(bool(self.runtime.model.jit_compile)):
             outcome = self._outcome(computed, optimizer, scaled)
-        self._reports.extend(outcome.reports)
+        self._entries_of_step.extend(outcome.entries)
         if outcome.accepted is not None:
             before = self._accepted
             self._accepted = outcome.accepted if before is None else before & outcome.accepted
@@ -125,9 +125,9 @@ class Step:
             record.end_update(gradients.variables, outcome.seen)
         return outcome
 
-    def report(self, report: Report) -> None:
+    def report(self, entry: LogEntry) -> None:
         """Adds a scalar to the logs, at the end of the step."""
-        self._reports.append(report)
+        self._entries_of_step.append(entry)
 
     def close_built_in(self, logs: Any) -> Any:
         """Ends the built-in step, which may be part of a custom one."""
@@ -152,10 +152,10 @@ class Step:
                 tracked = runtime.model.get_metrics_result()
                 logs = {k: tracked.get(k, v) for k, v in logs.items()}
         if self.updated:
-            if self._reports or self._rejects:
-                own = {r.name for r in self._reports if r.hook is runtime.model}
+            if self._entries_of_step or self._rejects:
+                own = {r.name for r in self._entries_of_step if r.hook is runtime.model}
                 taken = {"loss", *(logs if isinstance(logs, dict) else ())} - own
-                log(runtime.entries, self._reports, accepted, self._rejects, taken)
+                log(runtime.entries, self._entries_of_step, accepted, self._rejects, taken)
             if self._record is not None:
                 self._record.write(self._loss)
         runtime.count_step(accepted)

@@ -233,9 +233,11 @@ class TapeTrainer:
         if iterator is not None and not runtime.evaluating:
             runtime.may_run_out = keras_trainer.may_run_out(iterator)
         if iterator is None or not strategies.needs_own_build(self):
-            # A trace that is kept must not be what makes losses and metrics.
-            if not keras_trainer.is_built(self) or runtime.trace_source is not None:
+            if not keras_trainer.is_built(self):
                 keras_trainer.build_from_spec(self, iterator, data_batch)
+            elif runtime.trace_source is not None:
+                # A trace that is kept must not be what makes losses and metrics.
+                keras_trainer.build_losses(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
             keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.norms import in_xla
 from keras_tapefit.hooks import HookList
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.update.rollback import undoing_updates
 from keras_tapefit.update.update import Outcome, update
 from keras_tapefit.update.watch import Watch
@@ -47,14 +47,14 @@ def update_compiled(
         with in_xla(), undoing_updates(True):
             outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, norms, watch)
         made.append(outcome)
-        reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.reports]
+        reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.entries]
         return outcome.accepted, reported, outcome.seen
 
     compiled = tf.function(body, jit_compile=True, autograph=False)
     accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, norms)
     # Its tensors belong to the program; what comes out of it takes their place.
-    reports = [
-        Report(report.hook, report.name, value, report.reduction, weight)
-        for report, (value, weight) in zip(made[-1].reports, values, strict=True)
+    entries = [
+        LogEntry(entry.hook, entry.name, value, entry.reduction, weight)
+        for entry, (value, weight) in zip(made[-1].entries, values, strict=True)
     ]
-    return Outcome(accepted, reports, seen)
+    return Outcome(accepted, entries, seen)

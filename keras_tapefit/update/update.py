@@ -13,8 +13,8 @@ from keras_tapefit.backward.base import Computed
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks import HookList
-from keras_tapefit.hooks.reports import Reports
-from keras_tapefit.hooks.step import Parts, Report, Step
+from keras_tapefit.hooks.log_entries import LogEntries
+from keras_tapefit.hooks.step import LogEntry, Parts, Step
 from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.rollback import Rollback, undoes_updates
@@ -28,12 +28,12 @@ class Outcome:
 
     Attributes:
         accepted: scalar bool, whether the step was applied; `None`: always.
-        reports: what the hooks reported.
+        entries: what the hooks reported.
         seen: what a record of the step needs, where one is asked for.
     """
 
     accepted: tf.Tensor | None
-    reports: list[Report]
+    entries: list[LogEntry]
     seen: Seen | None = None
 
 
@@ -115,9 +115,9 @@ def update(
             after_update()
     accepted = _and(admitted, finite if hooks else None)
     if watch is None:
-        return Outcome(accepted, step.reports)
+        return Outcome(accepted, step.entries)
     watch.updated(variables)
-    return Outcome(accepted, step.reports, watch.seen(_and(admitted, finite)))
+    return Outcome(accepted, step.entries, watch.seen(_and(admitted, finite)))
 
 
 def _apply_watched(optimizer: Any, gradients: Gradients, scale: Any, watch: Watch) -> Outcome:
@@ -141,7 +141,7 @@ def accumulate(
     hooks: HookList,
     scaled: bool,
     window: Window,
-    entries: Reports,
+    entries: LogEntries,
     records: Records | None,
     watch: Watch | None = None,
 ) -> Outcome:
@@ -209,7 +209,7 @@ def close(
     variables: Sequence[Any],
     optimizer: Any,
     hooks: HookList,
-    entries: Reports,
+    entries: LogEntries,
     records: Records | None,
 ) -> None:
     """Makes the update of a window, full or not, and begins a new one.
@@ -231,13 +231,13 @@ def close(
             rollback.restore_unless(outcome.accepted)
         if records is not None and outcome.seen is not None:
             records.close_window(variables, outcome.seen)
-        log(entries, outcome.reports, outcome.accepted, rollback is not None)
+        log(entries, outcome.entries, outcome.accepted, rollback is not None)
     window.clear(call)
 
 
 def log(
-    entries: Reports,
-    reports: Sequence[Report],
+    epoch: LogEntries,
+    entries: Sequence[LogEntry],
     accepted: tf.Tensor | None,
     rejects: bool,
     taken: Collection[str] = (),
@@ -245,18 +245,18 @@ def log(
     """Adds the log entries of one step to the epoch's means.
 
     Args:
-        entries: the epoch's.
-        reports: what the hooks report.
+        epoch: the epoch's.
+        entries: what the hooks report.
         accepted: scalar bool; `None`: the step is accepted.
         rejects: whether steps can be rejected, and are counted.
         taken: the names of the model's own log entries.
     """
-    reports = list(reports)
+    entries = list(entries)
     if rejects:
         skipped = tf.constant(0.0) if accepted is None else tf.cast(~accepted, tf.float32)
-        reports.append(Report(None, "skipped_steps", skipped, "sum"))
-    if reports:
-        entries.add(reports, accepted, taken)
+        entries.append(LogEntry(None, "skipped_steps", skipped, "sum"))
+    if entries:
+        epoch.add(entries, accepted, taken)
 
 
 def _dense(gradients: Gradients) -> list[tf.Tensor]:

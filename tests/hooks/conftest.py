@@ -45,7 +45,7 @@ class Bench:
 
     @property
     def reports(self) -> dict[str, float]:
-        return {report.name: float(report.value) for report in self.last.reports}
+        return {entry.name: float(entry.value) for entry in self.last.entries}
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.step import LogEntry
 
 
-class Reports:
+class LogEntries:
     """Sums and counts of reported scalars, one variable for all.
 
     Args:
@@ -33,17 +33,17 @@ class Reports:
 
     def add(
         self,
-        reports: Sequence[Report],
+        entries: Sequence[LogEntry],
         accepted: tf.Tensor | None,
         taken: Collection[str] = (),
         validation: bool = False,
     ) -> None:
-        """Adds one step's reports.
+        """Adds one step's entries.
 
         Args:
-            reports: of one step; a hook may report a name several times.
-            accepted: scalar bool; the reports of a rejected step are left out, but for
-                those that no hook made. `None`: the step is accepted.
+            entries: of one step; a hook may report a name several times.
+            accepted: scalar bool; those of a rejected step are left out, but for
+                what no hook made. `None`: the step is accepted.
             taken: the names of the model's own log entries.
             validation: whether the step is one of `evaluate`.
 
@@ -52,23 +52,23 @@ class Reports:
                 no more room.
         """
         owners: dict[str, object] = {}
-        for report in reports:
-            if report.name in taken:
+        for entry in entries:
+            if entry.name in taken:
                 raise ValueError(
-                    f"The hook {report.hook.name!r} reports {report.name!r}, which is a log "
+                    f"The hook {entry.hook.name!r} reports {entry.name!r}, which is a log "
                     "entry of the model itself. Choose another name."
                 )
-            if owners.setdefault(report.name, report.hook) is not report.hook:
-                raise ValueError(f"Two hooks report {report.name!r}. Give one of them a `name`.")
-        if not reports:
+            if owners.setdefault(entry.name, entry.hook) is not entry.hook:
+                raise ValueError(f"Two hooks report {entry.name!r}. Give one of them a `name`.")
+        if not entries:
             return
-        slots = [self._slot(report) for report in reports]
+        slots = [self._slot(entry) for entry in entries]
         names = self._of_validation if validation else self._of_training
-        names.update(report.name for report in reports)
-        counts = tf.stack([tf.cast(report.weight, tf.float32) for report in reports])
-        values = tf.stack([report.value for report in reports]) * counts
+        names.update(entry.name for entry in entries)
+        counts = tf.stack([tf.cast(entry.weight, tf.float32) for entry in entries])
+        values = tf.stack([entry.value for entry in entries]) * counts
         if accepted is not None:
-            from_hook = tf.constant([report.hook is not None for report in reports])
+            from_hook = tf.constant([entry.hook is not None for entry in entries])
             counted = accepted | ~from_hook
             values = tf.where(counted, values, 0.0)
             counts = tf.where(counted, counts, 0.0)
@@ -119,19 +119,19 @@ class Reports:
         """Begins a new epoch."""
         self.state.assign(tf.zeros((2, self.capacity)))
 
-    def _slot(self, report: Report) -> int:
-        known = self._entries.get(report.name)
-        if known is not None and self._owners[report.name] is report.hook:
+    def _slot(self, entry: LogEntry) -> int:
+        known = self._entries.get(entry.name)
+        if known is not None and self._owners[entry.name] is entry.hook:
             return known[0]
-        used = {slot for name, (slot, _) in self._entries.items() if name != report.name}
+        used = {slot for name, (slot, _) in self._entries.items() if name != entry.name}
         free = next((slot for slot in range(self.capacity) if slot not in used), None)
         if free is None:
             raise ValueError(
                 f"There is room for {self.capacity} log entries. The entry "
-                f"{report.name!r} of hook {report.hook.name!r} is one too many."
+                f"{entry.name!r} of hook {entry.hook.name!r} is one too many."
             )
         # An entry of another hook's of this name keeps its slot, if there is one.
         slot = free if known is None else known[0]
-        self._entries[report.name] = (slot, report.reduction)
-        self._owners[report.name] = report.hook
+        self._entries[entry.name] = (slot, entry.reduction)
+        self._owners[entry.name] = entry.hook
         return slot

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 from keras_tapefit import hooks
-from keras_tapefit.hooks.reports import Reports
-from keras_tapefit.hooks.step import Report
+from keras_tapefit.hooks.log_entries import LogEntries
+from keras_tapefit.hooks.step import LogEntry
 
 
 class Says(hooks.GradientHook):
@@ -22,11 +22,11 @@ class Says(hooks.GradientHook):
 
 
 def _report(hook, entry, value, reduction="mean"):
-    return Report(hook, entry, tf.constant(value), reduction)
+    return LogEntry(hook, entry, tf.constant(value), reduction)
 
 
 def test_the_models_own_entries_are_taken():
-    reports, hook = Reports(4), Says("loss", name="mine")
+    reports, hook = LogEntries(4), Says("loss", name="mine")
     with pytest.raises(
         ValueError, match="hook 'mine' reports 'loss', which is a log entry of the mod"
     ):
@@ -39,11 +39,11 @@ def test_the_models_own_entries_are_taken():
 def test_two_hooks_do_not_share_an_entry():
     a, b = Says("x"), Says("x")
     with pytest.raises(ValueError, match="Two hooks report 'x'. Give one of them a `name`"):
-        Reports(4).add([_report(a, "x", 1.0), _report(b, "x", 1.0)], None)
+        LogEntries(4).add([_report(a, "x", 1.0), _report(b, "x", 1.0)], None)
 
 
 def test_entries_go_with_their_hooks():
-    reports, stays = Reports(3), Says("stays")
+    reports, stays = LogEntries(3), Says("stays")
     for i in range(10):
         passing = Says(f"passing_{i}")
         reports.reset()
@@ -57,8 +57,8 @@ def test_entries_go_with_their_hooks():
 
 
 def test_what_is_no_hooks_stays():
-    reports = Reports(2)
-    reports.add([Report(None, "skipped_steps", tf.constant(1.0), "sum")], tf.constant(False))
+    reports = LogEntries(2)
+    reports.add([LogEntry(None, "skipped_steps", tf.constant(1.0), "sum")], tf.constant(False))
     reports.reset()
     reports.keep([None])
     assert reports.names([None]) == ["skipped_steps"]
