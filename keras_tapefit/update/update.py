@@ -195,7 +195,7 @@ def accumulate(
         apply = _applying(optimizer, gradients.variables, places)
 
         def halve_scale(values: Sequence[Any]) -> None:
-            with window.counting_updates(call == 0, False):
+            with window.set_aside():
                 apply(values)
 
         replicas.when(~finite, halve_scale, overflow)

@@ -233,6 +233,12 @@ class Window:
             count = leaf_iterations(leaf)
             count.assign(tf.cast(updates.value * self.num_steps, count.dtype))
 
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Has the optimizer know of no window, in a call that makes no update."""
+        with _swapped(self._leaves, self.updates):
+            yield
+
     def mean(self, call: int, variables: Sequence[Any]) -> tuple[Gradients, tf.Tensor]:
         """Returns this replica's share of the mean gradient of a call, and of its loss.
 
