@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tapefit.gradients.checks import check_integer
 from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update.records import Records
@@ -147,8 +148,7 @@ def column_names(records: Records, request: RecordRequest) -> list[str]:
 
 def check_interval(name: str, value: Any, minimum: int) -> int:
     """Returns `value`, or raises where it is no number of steps."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}.")
+    check_integer(name, value)
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}. Received: {name}={value}.")
     return value

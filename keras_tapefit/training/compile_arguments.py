@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation
 from keras_tapefit.gradients import Targets
+from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.training import building, keras_trainer
 from keras_tapefit.training.runtime import Runtime
@@ -57,14 +58,7 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
         ValueError: when `micro_batches` is not positive, `jit_compile` is no value it
             can have, or the model's strategy cannot train it.
     """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int):
-        raise TypeError(
-            f"`micro_batches` must be an integer. Received: micro_batches={micro_batches!r}."
-        )
-    if micro_batches < 1:
-        raise ValueError(
-            f"`micro_batches` must be at least 1. Received: micro_batches={micro_batches}."
-        )
+    check_count("micro_batches", micro_batches)
     if isinstance(jit_compile, str) and jit_compile not in ("auto", "update"):
         raise ValueError(
             "`jit_compile` must be True, False, 'auto' or 'update'. "

@@ -74,9 +74,7 @@ def listening(runtime: Runtime) -> Iterator[None]:
     """Has metrics and optimizer of a model tell the open step what is done with them."""
     model, optimizer = runtime.model, runtime.optimizer
     tracker = keras_trainer.loss_tracker(model)
-    methods: list[Any] = [
-        (m, "result", lambda step, v: step.results.append(v)) for m in model.metrics
-    ]
+    methods: list[Any] = [(metric, "result", _keep_result) for metric in model.metrics]
     if tracker is not None:
         methods.append((tracker, "update_state", _marking("tracked_loss")))
     if optimizers.has_loss_scale(optimizer):

@@ -62,11 +62,6 @@ def update_tracker(model: Any, loss: Any, examples: Any) -> None:
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
-def batch_size(x: Any) -> tf.Tensor:
-    """Returns the size of the first axis of a batch, a scalar int32."""
-    return tf.shape(first_array(x))[0]
-
-
 def first_array(x: Any) -> Any:
     """Returns the first array in a structure, `None` where there is none."""
     # Not `tf.nest`: the two differ on None and on the order of dictionaries.
@@ -151,11 +146,16 @@ def build_from_spec(model: Any, epoch_iterator: Any, data_batch: Any = None) -> 
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
         data_batch: a batch, where there is no iterator.
     """
-    spec = data_batch
-    if epoch_iterator is not None:
-        spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    spec = _spec_of(epoch_iterator, data_batch)
     if spec is not None and strategy_of(model) is None:
         build(model, spec)
+
+
+def _spec_of(epoch_iterator: Any, data_batch: Any) -> Any:
+    """Returns shapes and types of a batch, of an iterator or as the batch has them."""
+    if epoch_iterator is None:
+        return data_batch
+    return getattr(epoch_iterator._distributed_dataset, "element_spec", None)
 
 
 def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
@@ -166,9 +166,7 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
         data_batch: a batch, where there is no iterator.
     """
-    spec = data_batch
-    if epoch_iterator is not None:
-        spec = getattr(epoch_iterator._distributed_dataset, "element_spec", None)
+    spec = _spec_of(epoch_iterator, data_batch)
     outputs = getattr(model, "output", None) if getattr(model, "outputs", None) else None
     if spec is None or outputs is None or model.optimizer is None:
         return

@@ -23,6 +23,7 @@ import tensorflow as tf
 from keras.src.losses import loss as keras_losses
 
 from keras_tapefit.backward.base import Batch, Quotient, sum_of
+from keras_tapefit.training import keras_trainer
 
 
 class Term(NamedTuple):
@@ -194,7 +195,7 @@ def _size_of_output(path: Any, y_pred: Any) -> int | None:
 
 def batch_shape(x: Any) -> tf.Tensor:
     """Returns the number of examples in a part of a batch, a scalar float32."""
-    first = next((value for value in keras.tree.flatten(x) if value is not None), None)
+    first = keras_trainer.first_array(x)
     if first is None:
         return tf.constant(1.0)
     if isinstance(first, tf.SparseTensor | tf.RaggedTensor):

@@ -63,7 +63,7 @@ class Runtime:
         # Whether the data of this training may end before Keras expects it to.
         self.may_run_out = False
         self.clock: Any = None
-        # Variables to be frozen as soon as they are made, by path or place.
+        # Places of variables to be frozen as soon as they are made.
         self.frozen_when_built: list[Any] = []
         self._windows: dict[int, tuple[Any, Window]] = {}
         self._window_steps: dict[int, int] = {}

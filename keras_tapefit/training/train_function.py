@@ -177,7 +177,8 @@ class TestFunction(TracedFunction):
     kind = "test"
 
     def __call__(self, iterator: Any) -> Any:
-        if self._model.built:
+        if self._flags is None and self._model.built:
+            # Once an evaluation, not once a batch.
             self._runtime.prepare()
         return self._function((self._flags_now(), self._runtime.hooks.structure()))(iterator)
 

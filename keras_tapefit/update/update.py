@@ -307,11 +307,10 @@ def _or_not(admitted: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor | None:
 def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> None:
     present = [i for i, g in enumerate(gradients.values()) if g is not None]
     apply = _applying(optimizer, gradients.variables, present)
-    values = [gradients.values()[i] for i in present]
     if admitted is None:
-        apply(values)
+        apply(gradients.present())
     else:
-        replicas.when(admitted, apply, values)
+        replicas.when(admitted, apply, gradients.present())
 
 
 def _apply_undoing(
