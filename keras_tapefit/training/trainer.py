@@ -260,7 +260,7 @@ class TapeTrainer:
         others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
         if "callbacks" not in parameters and others:
             rest = bound.arguments.setdefault(others[0], {})
-        rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
+        rest["callbacks"] = _with_ours(rest.get("callbacks"), self, runtime.clock)
         return fit(*bound.args, **bound.kwargs)
 
     def reset_metrics(self) -> None:
@@ -493,9 +493,13 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
     trainable.set_trainable(model, chosen, value)
 
 
-def _with_clock(callbacks: Any, clock: Clock) -> Any:
+def _with_ours(callbacks: Any, model: Any, clock: Clock) -> Any:
     check_callbacks(callbacks)
+    # Last: a callback that resumes a training does so when the training begins.
+    last = [strategies.SameBeginning()] if strategies.has_workers(model) else []
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(clock)
+        for callback in [clock, *last]:
+            callbacks.append(callback)
         return callbacks
-    return [clock, *keras.tree.flatten(callbacks)] if callbacks else [clock]
+    given = keras.tree.flatten(callbacks) if callbacks else []
+    return [clock, *given, *last]
