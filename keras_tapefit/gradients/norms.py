@@ -101,6 +101,9 @@ def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
     if not values:
         return tf.zeros(0, dtype)
     values = [tf.cast(value, dtype) for value in values]
+    if dtype == tf.float32 and _are_few(values):
+        halves = tf.stack([tf.nn.l2_loss(tf.cast(value, tf.float64)) for value in values])
+        return tf.cast(tf.sqrt(2.0 * halves), dtype)
     low, high, power = _RANGES[dtype]
     squares = tf.stack([_sum_of_squares([value]) for value in values])
 
