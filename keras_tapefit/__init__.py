@@ -42,7 +42,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:
-    # A type checker is to see which names there are.
+    # For type checkers.
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
             return importlib.import_module(f"{__name__}.{name}")

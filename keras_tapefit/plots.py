@@ -239,7 +239,7 @@ def heat_map(records: Any, title: str | None = None, ax: Any = None) -> Any:
     axes.set_facecolor("black")
     image = axes.imshow(
         shown,
-        # Of nothing but zeros there is no range.
+        # Zeros alone have no range.
         norm="log" if shown.count() else None,
         extent=edges,
         cmap="viridis",
@@ -293,7 +293,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _show(figure: Any) -> None:
-    """Shows a figure in a notebook, and says elsewhere what does."""
+    """Shows a figure in a notebook; elsewhere an error names what does."""
     try:
         from IPython import get_ipython
         from IPython.display import display

@@ -213,7 +213,7 @@ class Objective(Protocol):
 
         Args:
             batch: `(x, y, sample_weight)`.
-            values: what `variables()` are to be in these passes; `None`: as they are.
+            values: the values of `variables()` in these passes; `None`: as they are.
             state: what the passes begin with, as `state()` gave it. That of before the
                 pass that counts repeats that pass: the same dropout, say.
             example: a scalar integer; passes with different ones draw different random
@@ -270,7 +270,7 @@ class GradientMethod:
     """Base class of the ways to get gradients: `compile(backward=...)`.
 
     Subclasses implement `compute`. Where the gradient of a batch is not the mean of
-    those of its parts, a subclass says `takes_parts = False`.
+    those of its parts, a subclass sets `takes_parts = False`.
     """
 
     takes_parts: ClassVar[bool] = True

@@ -35,7 +35,7 @@ class ProjectedConflicts(GradientMethod):
     task: their gradient is added once, as it is.
 
     On several replicas the gradients are those of the whole batch. With `micro_batches`
-    the projection is made for each part by itself.
+    the projection is made for each part separately.
 
     Reference: Yu et al., 2020, "Gradient surgery for multi-task learning",
     arXiv:2001.06782.

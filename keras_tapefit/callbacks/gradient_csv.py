@@ -120,7 +120,7 @@ def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
         return []
     if rows[0] != header:
         raise ValueError(
-            f"The training goes on at step {step}, and the file {os.fspath(path)!r} has "
+            f"The training continues at step {step}, and the file {os.fspath(path)!r} has "
             "other columns. Move it away, or pass the same `per_variable` and `updates` "
             "as before."
         )

@@ -31,7 +31,7 @@ class RecordReader(keras.callbacks.Callback):
         self._num_unread = 0
 
     def request(self) -> RecordRequest:
-        """Returns what is to be recorded."""
+        """Returns what to record."""
         raise NotImplementedError
 
     def begin(self, records: Records, step: int) -> None:
@@ -67,7 +67,7 @@ class RecordReader(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        # In a loop of one's own there may be no epochs.
+        # A custom loop may have no epochs.
         self._begin()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

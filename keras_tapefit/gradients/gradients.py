@@ -149,7 +149,7 @@ class Gradients:
                 only one variable's path ends so.
 
         Raises:
-            KeyError: when there is no such variable.
+            KeyError: when the variable is not among them.
         """
         position = self._position(key)
         if position is None:
@@ -187,7 +187,7 @@ class Gradients:
                 tensor of the same shape.
             rest: sequences in the order of `variables` (`gradients.variables` itself,
                 say), other `Gradients` of the same variables, or values `ByVariable`.
-            keeps_zero: whether `fn` works on each row by itself and maps zero to zero;
+            keeps_zero: whether `fn` works on each row separately and maps zero to zero;
                 one bool, or one a variable. A sparse gradient then stays sparse: `fn`
                 sees its rows, duplicates summed, and the same rows of variables in
                 `rest`. Otherwise it is made dense first.
@@ -255,7 +255,7 @@ class Gradients:
         return [gradient for gradient in self._values if gradient is not None]
 
     def with_present(self, values: Iterable[Any]) -> Gradients:
-        """Returns these gradients with others in the place of those that are not `None`.
+        """Returns these gradients with other values for those that are not `None`.
 
         Args:
             values: one gradient for each of `present()`, in its order.

@@ -88,7 +88,7 @@ def _is_weightless(target: Any) -> bool:
 
 
 def _hint(target: Any, paths: Sequence[str]) -> str:
-    """Returns the glob that was meant, where one can be told."""
+    """Returns the glob that was probably meant, if any."""
     if not isinstance(target, str) or not target:
         return ""
     name = target.strip("/")
@@ -154,7 +154,7 @@ def serialize_targets(targets: Targets, variables: Sequence[Any] | None) -> Any:
             targets that are layers or variables.
 
     Raises:
-        ValueError: when a layer or variable is to be saved before the model is built.
+        ValueError: when a layer or variable is saved before the model is built.
     """
     if isinstance(targets, list | tuple):
         return [serialize_targets(target, variables) for target in targets]

@@ -62,7 +62,7 @@ _FUNCTIONS: dict[Any, UnitAxesFunction] = {layers.EinsumDense: _einsum_axes}
 
 
 def register_unit_axes(layer_class: type, fn: UnitAxesFunction) -> None:
-    """Tells which axes make up a unit in a layer class of one's own.
+    """Declares which axes make up a unit in a custom layer class.
 
     For layers whose kernels are laid out in another way than the fallback of
     `unit_axes` takes for granted. It holds for subclasses too, goes before what is

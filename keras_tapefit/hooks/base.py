@@ -38,17 +38,17 @@ class GradientHook:
     """Base class of gradient hooks.
 
     A hook gets the true gradients of a step, summed over replicas and without loss
-    scale, and returns what the next hook or the optimizer is to see. It runs once a
+    scale, and returns what the next hook or the optimizer receives. It runs once a
     step, in every mode that `fit` has, so `apply` must be made of TensorFlow or
     `keras.ops` operations.
 
     Subclasses implement `apply`, and `build` where they keep state; `after_update` and
     `on_validation` are called where a subclass implements them. A subclass whose `apply`
-    calls `skip_step` says so with `may_skip_steps = True`, and one that reads `loss` with
+    calls `skip_step` sets `may_skip_steps = True`, and one that reads `loss` sets
     `uses_loss = True`.
 
     An argument may be assigned later, as an attribute: it is checked as in `__init__` and
-    acts from the next step on. A hook in use begins anew then, its state made again, but
+    acts from the next step on. A hook in use then starts over with new state, except
     for numbers (see `Number`) and for arguments that its class names in `keeps_state`.
 
     `copy.copy` gives a hook with the same arguments that belongs to no model and has no
@@ -142,7 +142,7 @@ class GradientHook:
         """Gives an argument of a hook in use another value, as if it were made with it."""
         try:
             arguments = arguments_of(self)
-        except AttributeError:  # one is not kept, so nothing can be made anew
+        except AttributeError:  # one is not kept, so no copy can be made
             object.__setattr__(self, name, value)
             self._begin_anew()
             return
@@ -206,12 +206,12 @@ class GradientHook:
 
     @property
     def watches_update(self) -> bool:
-        """Whether `after_update` is to be called: where the class implements it."""
+        """Whether `after_update` must be called: the class implements it."""
         return type(self).after_update is not GradientHook.after_update
 
     @property
     def watches_validation(self) -> bool:
-        """Whether `on_validation` is to be called: where the class implements it."""
+        """Whether `on_validation` must be called: the class implements it."""
         return type(self).on_validation is not GradientHook.on_validation
 
     @property
@@ -381,7 +381,7 @@ class GradientHook:
         self._step("report").entries.append(LogEntry(self, name, value, reduction))
 
     def skip_step(self, when: Any) -> None:
-        """Has the whole step skipped, as if it had not been, where `when` is true.
+        """Skips the whole step, leaving no trace, where `when` is true.
 
         Args:
             when: a scalar bool.
@@ -405,7 +405,7 @@ class GradientHook:
         return self._units(variable)
 
     def layer(self, variable: Any) -> Any:
-        """Returns what tells apart the layers that hold the variables of the model.
+        """Returns what distinguishes the layers that hold the model's variables.
 
         Two variables with equal answers are held by one layer: the innermost one, so
         the cell of a recurrent layer, or the projections of an attention layer. A bare
@@ -558,7 +558,7 @@ class GradientHook:
             with keras.name_scope(self.name):
                 self.build([variables[i] for i in self._positions])
         except BaseException:
-            # As if it had not been tried: the next step may find the cause mended.
+            # Undone as a whole: the cause may be fixed before the next step.
             vars(self).clear()
             vars(self).update(before)
             raise

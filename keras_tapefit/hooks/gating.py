@@ -118,8 +118,8 @@ class SkipNonFinite(GradientHook):
 class SkipSpikes(GradientHook):
     """Skips a step whose gradient norm, or loss, lies far above what it was before.
 
-    For long runs that a few bad batches throw off. Clipping goes on with the direction
-    of such a batch; a skipped step leaves nothing behind, in the statistics neither. The
+    For long runs that a few bad batches throw off. Clipping keeps the direction
+    of such a batch; a skipped step leaves nothing behind, not even in the statistics. The
     logs get `skipped_steps`, the number of steps skipped in the epoch. A value that is
     not finite is always skipped.
 
@@ -210,7 +210,7 @@ class ZeroNonFinite(GradientHook):
     Formula: `g ← g where g is finite, else 0`.
 
     Args:
-        targets: the variables whose gradients are mended; `None`: all.
+        targets: the variables whose gradients are repaired; `None`: all.
         name: the hook's name. The log entry is `zeroed_elements`, or
             `<name>_zeroed_elements` when a name is given.
 

@@ -116,12 +116,12 @@ class HookList(MutableSequence[GradientHook]):
         """Removes a hook, given itself or its name.
 
         Raises:
-            KeyError: when there is no such hook.
+            KeyError: when no hook has this name.
         """
         del self[self._position(value)]
 
     def replace(self, old: Any, new: Any) -> GradientHook:
-        """Puts a hook in the place of another, given itself or its name."""
+        """Puts a hook instead of another, which is given itself or by its name."""
         new = as_hook(new)
         position = self._position(old)
         self[position] = new
@@ -223,7 +223,7 @@ class HookList(MutableSequence[GradientHook]):
         self._hooks = list(hooks)
 
     def _names_of(self, hooks: Sequence[GradientHook]) -> list[str]:
-        """Returns the names of hooks that are to be the list."""
+        """Returns the names that hooks will have in the list."""
         if len({id(hook) for hook in hooks}) < len(hooks):
             raise ValueError("A hook can be in the list of hooks only once.")
         stay = {id(hook) for hook in self._hooks}
@@ -336,7 +336,7 @@ class HookList(MutableSequence[GradientHook]):
             step: takes up what the hooks report.
 
         Returns:
-            What is to be called after the update.
+            A function to call after the update.
         """
         watched = [
             (hook, chosen, [tf.identity(v.value) for v in chosen])

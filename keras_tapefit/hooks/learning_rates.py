@@ -18,7 +18,7 @@ class LearningRateMultiplier(GradientHook):
     """Multiplies the learning rate of its targets, with any optimizer.
 
     For fine-tuning, where pretrained layers are to move less than a new head. It works
-    on what the optimizer makes of the weights, so it is exact for Adam and its kin too,
+    on what the optimizer makes of the weights, so it is exact for Adam-like optimizers too,
     which do not notice when a gradient is scaled; weight decay is multiplied as well.
     Several on one variable multiply.
 
@@ -26,7 +26,7 @@ class LearningRateMultiplier(GradientHook):
 
     Args:
         factor: `m`, zero or a positive number, a schedule or a callable of the step. Zero
-            does not freeze: the optimizer's state goes on. See `Freezing`.
+            does not freeze: the optimizer's state continues. See `Freezing`.
         targets: the variables it is for; `None`: all.
         name: the hook's name.
 
@@ -78,7 +78,7 @@ def learning_rates_by_depth(
 
     Raises:
         TypeError: when `layers` is neither a model nor a list.
-        ValueError: when there are no layers, or `decay` is not positive.
+        ValueError: when `layers` is empty, or `decay` is not positive.
 
     Example:
 

@@ -85,7 +85,7 @@ class LogEntries:
         if not names:
             return {}
         totals, counts = tf.unstack(tf.convert_to_tensor(self.state.value))
-        # Of no step there is no mean: NaN.
+        # The mean of no steps is NaN.
         means = totals / counts
         sources = {"mean": means, "sum": totals}
         return {

@@ -31,7 +31,7 @@ class NoiseScale(GradientHook):
     is what the loss divides by: of outputs with a mask, an element that is not masked.
 
     A step counts for nothing where `EMA(|G|²)` is not positive, as may be early on or
-    near a minimum; an entry of 0 says that no step of the epoch counted.
+    near a minimum; an entry of 0 means that no step of the epoch counted.
 
     Reference: McCandlish et al. 2018, arXiv:1812.06162, appendix A.1.
 

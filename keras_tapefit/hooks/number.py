@@ -80,7 +80,7 @@ class Number:
     @overload
     def __get__(self, hook: None, owner: type | None = None) -> Number: ...
 
-    # A number or a schedule outside `apply`, a tensor inside: what is neither is refused.
+    # A number or a schedule outside `apply`, a tensor inside: anything else is refused.
     @overload
     def __get__(self, hook: object, owner: type | None = None) -> Any: ...
 

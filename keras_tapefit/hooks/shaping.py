@@ -18,7 +18,7 @@ class GradientScaling(GradientHook):
     """Multiplies gradients by a factor.
 
     For SGD this is a learning rate of its own for the targets. It is not one for Adam
-    and its kin, whose step does not depend on the gradient's scale.
+    and similar optimizers, whose step does not depend on the gradient's scale.
 
     Args:
         factor: a number, a schedule or a callable of the step.
@@ -117,7 +117,7 @@ class GradientNoise(GradientHook):
 class Centralization(GradientHook):
     """Subtracts from the gradient of each unit of a kernel its mean over the fan-in.
 
-    A regularizer for convolutional and dense kernels that costs next to nothing. Biases,
+    A regularizer for convolutional and dense kernels that costs almost nothing. Biases,
     normalization weights and embeddings stay as they are. The fan-in axes come from the
     layer's class, never from the rank of the variable.
 

@@ -107,7 +107,7 @@ def reduced(model: Any, parts: Iterable[Any]) -> tuple[Any, Any]:
 
 
 def _is_users(cls: type) -> bool:
-    """Whether a class is somebody's own, and found where it says it is."""
+    """Whether a class is a user's, and can be imported by its name."""
     if cls.__module__.split(".")[0] in ("keras", "keras_tapefit", "tensorflow", "builtins"):
         return False
     found: Any = sys.modules.get(cls.__module__)
@@ -211,7 +211,7 @@ def has_own_build(cls: type) -> bool:
 
 
 def keep_class_when_cloned(ours: Any, convert: Callable[[Any], Any]) -> None:
-    """Has `keras.models.clone_model` make models of ours of ours.
+    """Makes `keras.models.clone_model` return a `TapeModel` for a `TapeModel`.
 
     Keras makes a plain model of any Sequential, and of a functional one with an
     `__init__` of its own, and compiles it with a config that a plain one does not
@@ -219,7 +219,7 @@ def keep_class_when_cloned(ours: Any, convert: Callable[[Any], Any]) -> None:
 
     Args:
         ours: the class of our models.
-        convert: returns a plain model as one of ours.
+        convert: returns a plain model as a `TapeModel`.
     """
 
     def keeping(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -140,14 +140,14 @@ class TapeModel(TapeTrainer, keras.Model):
         """Returns a model of this kind that shares the layers and weights of another.
 
         What the model does in a way of its own is kept: it is as if its class had been
-        written with `TapeModel` in the place of `keras.Model`. That goes for `call`,
+        written with `TapeModel` instead of `keras.Model`. That goes for `call`,
         `train_step`, `compute_loss`, `compute_metrics`, `fit`, `compile`, metrics,
         preprocessors and whatever else there is.
 
         Args:
             model: any `keras.Model`: functional, Sequential or subclassed, built or not,
-                from `keras.applications` too. It stays as it is, and is to be compiled
-                anew.
+                from `keras.applications` too. It stays as it is, and must be compiled
+                again.
 
         Returns:
             A model with the same inputs and the same structure of outputs.

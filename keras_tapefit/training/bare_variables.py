@@ -44,7 +44,7 @@ class AdoptedVariable(keras.Variable):
 class BareVariables(keras.Operation):
     """The adopted variables of a model: which attribute holds them, and their values saved.
 
-    They are saved beside the model's weights, not among them, so that weight files are
+    They are saved next to the model's weights, not among them, so that weight files are
     those of the same model on `keras.Model`, in both directions.
     """
 
@@ -60,7 +60,7 @@ class BareVariables(keras.Operation):
         """Notes what an attribute holds now.
 
         Returns:
-            The adopted variables that no attribute holds any more.
+            The adopted variables that no attribute holds now.
         """
         self._found[name] = [variable for _, variable in found]
         held = {id(variable) for variables in self._found.values() for variable in variables}

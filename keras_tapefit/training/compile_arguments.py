@@ -1,4 +1,4 @@
-"""The arguments that `compile` takes beside Keras's own."""
+"""The arguments that `compile` takes besides Keras's own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
         raise ValueError(
             "A ParameterServerStrategy cannot run `fit`: its workers train without "
-            "waiting for each other, so there is no gradient of the whole batch. Use "
+            "waiting for each other, so the gradient of the whole batch does not exist. Use "
             "`tf.distribute.MultiWorkerMirroredStrategy`, or `MirroredStrategy` on one "
             "machine."
         )
@@ -83,7 +83,7 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
 
 
 def keras_jit_compile(model: Any, jit_compile: Any, run_eagerly: bool) -> Any:
-    """Returns what Keras is to know of `jit_compile`, and says where it has no effect."""
+    """Returns what Keras receives as `jit_compile`; warns where it has no effect."""
     if jit_compile != "update":
         return jit_compile
     if run_eagerly:
@@ -91,7 +91,7 @@ def keras_jit_compile(model: Any, jit_compile: Any, run_eagerly: bool) -> Any:
     elif keras_trainer.strategy_of(model) is not None:
         warnings.warn(
             "`jit_compile='update'` has no effect under a `tf.distribute` strategy: the "
-            "update of its variables cannot be compiled by itself. Hooks and optimizer "
+            "update of its variables cannot be compiled separately. Hooks and optimizer "
             "run as without it.",
             stacklevel=3,
         )

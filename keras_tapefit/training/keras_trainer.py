@@ -143,13 +143,13 @@ def is_built(model: Any) -> bool:
 def build_from_spec(model: Any, epoch_iterator: Any, data_batch: Any = None) -> None:
     """Makes the state of a model, its losses and metrics, but not of its optimizer.
 
-    Keras leaves that to the first step. No batch is taken for it: shuffling goes on as it
+    Keras leaves that to the first step. No batch is taken for it: shuffling continues as it
     would have.
 
     Args:
         model: the model.
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
-        data_batch: a batch, where there is no iterator.
+        data_batch: a batch, if `iterator` is `None`.
     """
     spec = _spec_of(epoch_iterator, data_batch)
     if spec is not None and strategy_of(model) is None:
@@ -169,7 +169,7 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
     Args:
         model: the model; one without `outputs` is left to its first step.
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
-        data_batch: a batch, where there is no iterator.
+        data_batch: a batch, if `iterator` is `None`.
     """
     spec = _spec_of(epoch_iterator, data_batch)
     outputs = getattr(model, "output", None) if getattr(model, "outputs", None) else None

@@ -63,7 +63,7 @@ def quotients(
         y_pred: the outputs.
         training: passed to `compute_loss`.
         examples: the number of examples, a scalar float32.
-        apart: whether the part is to be put together with others. If not, there is one
+        apart: whether the part is combined with others later. If not, there is one
             quotient, whose loss is Keras's own.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a model of ours has besides what Keras gives it, and how its state is made."""
+"""What a `TapeModel` has besides what Keras gives it, and how its state is made."""
 
 from __future__ import annotations
 

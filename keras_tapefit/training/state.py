@@ -34,7 +34,7 @@ class State(keras.Operation):
         raise NotImplementedError("State is saved, not called.")
 
     def variables(self) -> dict[str, Any]:
-        """Returns every variable of ours by its name, those that are not saved too."""
+        """Returns every variable of the library by its name, also those that are not saved."""
         runtime = self._runtime
         found = self._saved()
         for hook in runtime.hooks:

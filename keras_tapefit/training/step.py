@@ -196,7 +196,7 @@ class CustomStep(Step):
         self.used_method = True
         return logs
 
-    # Not in `__init__`: a step that needs none of it gets no operation of ours.
+    # Not in `__init__`: a step that needs none of it gets no additional operation.
     @functools.cached_property
     def examples(self) -> tf.Tensor:
         """The number of examples in this replica's batch; 1 where it is not known."""

@@ -18,7 +18,7 @@ class StepCount:
         self.variable: Any = None
 
     def prepare(self, optimizer: Any) -> None:
-        """Makes the count where it is missing; it goes on from the optimizer's."""
+        """Makes the count where it is missing; it continues the optimizer's."""
         if self.variable is None:
             built = optimizer is not None and optimizer.built
             start = int(optimizer.iterations.numpy()) if built else 0

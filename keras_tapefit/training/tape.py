@@ -79,7 +79,7 @@ class StepTape(tf.GradientTape):
                 steps then count by it.
 
         Raises:
-            ValueError: when there is no optimizer or no variable.
+            ValueError: when the optimizer or the variables are missing.
         """
         model, step = self._runtime.model, self._step
         optimizer = self._runtime.optimizer if optimizer is None else optimizer

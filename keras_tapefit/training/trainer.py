@@ -433,7 +433,7 @@ class TapeTrainer:
         """Stops training variables, from the next step on; no recompile.
 
         Their values and the optimizer's state for them stay as they are. A layer of
-        which nothing is trained any more gets `trainable = False`, so its
+        which nothing is trained now gets `trainable = False`, so its
         BatchNormalization runs in inference mode.
 
         Args:

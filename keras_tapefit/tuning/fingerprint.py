@@ -148,7 +148,7 @@ class Fingerprint:
         return "" if len(self.tokens) == len(other.tokens) else "one of them has more parts"
 
     def _visit(self, value: Any) -> tuple[tuple[Any, ...], Children]:
-        """Returns the token of a value, and what is to be visited next."""
+        """Returns the token of a value, and what to visit next."""
         kind = type(value)
         if kind in _PLAIN:
             return (kind, repr(value) if kind in (float, complex) else value), []
@@ -244,7 +244,7 @@ class Fingerprint:
         return token, [*items, *sorted(self._attributes(value).items())]
 
     def _attributes(self, value: Any) -> dict[str, Any]:
-        """Returns the attributes that are to be compared."""
+        """Returns the attributes to compare."""
         found = dict(_stored(value))
         for kind in _PASSED_OVER:
             if isinstance(value, kind):

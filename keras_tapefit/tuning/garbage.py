@@ -22,7 +22,7 @@ _is_set_aside = False
 
 
 def set_aside() -> None:
-    """Has collections pass over what there is by now, until no search runs any more.
+    """Makes collections skip all objects that exist now, until no search runs.
 
     Does nothing outside a search, or where somebody else has set things aside.
     """

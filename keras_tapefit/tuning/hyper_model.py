@@ -19,12 +19,12 @@ class TapeHyperModel(keras_tuner.HyperModel):
     """A build function, with gradient hooks to tune and with traces that are reused.
 
     For every tuner of KerasTuner. By default it changes neither trials nor search space.
-    Tracing a model anew for each trial takes most of the time of a search over small
+    Tracing a new model for each trial takes most of the time of a search over small
     models. With `reuse` you say that trials differ only in numbers that live in
     variables: initial weights and seeds, the learning rate, numbers of hooks. A trial
     whose model is like an earlier one then runs what was traced for that one, with its
     own variables. Its first step is computed twice, by the trace and afresh; where they
-    differ beyond rounding it is traced anew, with a warning. What has no effect in the
+    differ beyond rounding it is traced again, with a warning. What has no effect in the
     first step, and is no attribute, closure or global of the model either, is not seen.
 
     Args:
@@ -125,7 +125,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
 
 
 def _converted(model: keras.Model) -> Any:
-    """Returns a model of ours with the layers, weights and arguments of `compile`."""
+    """Returns a `TapeModel` with the layers, weights and arguments of `compile`."""
     tape_model = TapeModel.from_model(model)
     if model.compiled:
         tape_model.compile_from_config(model.get_compile_config())

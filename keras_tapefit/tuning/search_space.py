@@ -30,7 +30,7 @@ def gradient_hooks(
     - `"noise"`: none, or `GradientNoise` with `stddev` 0.0001 to 0.1.
     - `"freezing"`: the first n layers with weights, from none to all but the last, for
       the first 1 to 4 epochs. Where a model has more layers than the first that was
-      built, their number is searched anew, under a name that ends in `_of_` and that many.
+      built, their number is searched again, under a name that ends in `_of_` and that many.
     - `"layer_rates"`: `learning_rates_by_depth` with a decay of 0.4 to 1.
 
     Thresholds that are norms are searched on a logarithmic scale.

@@ -24,7 +24,7 @@ from tensorflow.python.framework import op_def_registry
 from keras_tapefit.tuning.check import Check
 from keras_tapefit.tuning.fingerprint import Fingerprint, Incomparable, random_state
 
-# What a trace may do beside computing: use variables and take batches. Random numbers of
+# What a trace may do besides computing: use variables and take batches. Random numbers of
 # Keras are stateless operations on a variable.
 _HARMLESS = (
     "ReadVariableOp Assert PrintV2 NoOp Placeholder PartitionedCall StatefulPartitionedCall "
@@ -73,7 +73,7 @@ class Trace:
         self.uncompiled: Trace | None = None
 
     def lend(self, variables: list[tf.Variable]) -> Callable[[Any], Any]:
-        """Returns the function with others' variables in the place of those it captured."""
+        """Returns the function with other variables instead of those it captured."""
         lent = copy.copy(self._concrete)
         lent.set_external_captures(
             [variables[c].handle if isinstance(c, int) else c for c in self._captured]

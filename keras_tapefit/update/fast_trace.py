@@ -1,10 +1,10 @@
 """An optimizer's `update_step`, traced once for variables that are alike.
 
-Keras traces the update of each variable anew, some 65 operations with Adam, which for a
+Keras traces the update of each variable again, some 65 operations with Adam, which for a
 deep network is most of the time before the first step. Here it is traced once for each
 kind of variable (its shape and dtype, those of its slots and of its gradient), and the
-operations are then copied for the other variables of the kind, with their handles in
-the place of those that the trace captured. All copies of one `apply` are imported at once:
+operations are then copied for the other variables of the kind, with their own
+handles instead of those that the trace captured. All copies of one `apply` are imported at once:
 each import looks at every node of the graph. What depends on no variable, such as Adam's
 powers of beta, is in the graph once a kind instead of once a variable. No optimizer's
 mathematics is written again, so it works for any optimizer, one of the user's own too.
@@ -39,7 +39,7 @@ _ALIKE = frozenset(
     "value read_value ndim numpy __class__ __array_priority__ __dict__ "
     "_should_act_as_resource_variable".split()
 )
-# What an update may be made of beside operations without side effects.
+# What an update may be made of besides operations without side effects.
 _READS = frozenset({"ReadVariableOp", "ResourceGather"})
 _WRITES = frozenset(
     {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}

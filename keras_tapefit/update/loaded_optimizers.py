@@ -1,4 +1,4 @@
-"""Optimizers beside the model's own: what is loaded into them before they are built.
+"""Optimizers besides the model's own: what is loaded into them before they are built.
 
 Keras loads a model's optimizers with the model. One that is not built yet it passes
 over, and only the step that uses an optimizer knows which variables it is for.

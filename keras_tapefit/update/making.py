@@ -107,7 +107,7 @@ def make_update(
     else:
         if dynamic:
             # A step that overflowed stays so whatever the hooks made of it: the optimizer
-            # then skips it and halves the scale by itself.
+            # then skips it and halves the scale on its own.
             gradients = gradients.scale(tf.where(finite, scale, float("nan")))
         _apply(optimizer, gradients, admitted if not dynamic else _or_not(admitted, finite))
     if hooks.watches_update:

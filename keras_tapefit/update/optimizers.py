@@ -151,7 +151,7 @@ def already_reduced(optimizer: Any) -> Iterator[None]:
 
 
 def overwrites(optimizer: Any) -> list[tuple[Any, int]]:
-    """Returns the optimizers that put averages in the place of weights, and how often."""
+    """Returns the optimizers that overwrite weights with averages, and how often."""
     frequencies = [
         # Another replica may be inside `already_reduced`.
         (leaf, leaf.__dict__.get("_tapefit_overwrite", leaf.ema_overwrite_frequency))
@@ -162,7 +162,7 @@ def overwrites(optimizer: Any) -> list[tuple[Any, int]]:
 
 
 def overwrite(leaf: Any, _: Any = None) -> None:
-    """Puts the averages of one optimizer in the place of weights."""
+    """Overwrites weights with the averages of one optimizer."""
     pairs = zip(leaf._trainable_variables, leaf._model_variables_moving_average, strict=True)
     for variable, average in pairs:
         if average is not None:

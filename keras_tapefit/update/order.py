@@ -38,7 +38,7 @@ def order_findings(
         backward: how gradients are computed.
 
     Returns:
-        Texts that say what happens and how to mend it; none where all is well.
+        Texts that say what happens and how to fix it; none for an order that makes sense.
     """
     hooks = list(hooks)
     found: list[str] = []
@@ -127,7 +127,7 @@ def _no_freeze(hook: GradientHook, hooks: Sequence[GradientHook]) -> Iterator[st
     ]
     what = "weight decay and momentum still move the weights"
     if isinstance(hook, LearningRateMultiplier):
-        what = "the optimizer's state for the weights goes on, and gradients are computed"
+        what = "the optimizer's state still changes, and gradients are computed"
     if counting:
         what += f", and {_name(counting[0])} counts their gradients in its norm"
     yield (

@@ -67,14 +67,14 @@ class Flags:
 def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
     """Freezes or unfreezes variables, and the layers that are thereby wholly so.
 
-    A layer of which no variable is trained any more gets `trainable = False`, which is
+    A layer of which no variable is trained now gets `trainable = False`, which is
     what puts BatchNormalization into inference mode; one of which some variable is
     trained again gets it back, and so do the layers around it.
 
     Args:
         model: whose variables they are.
         variables: some of `trainable_candidates(model)`.
-        value: whether they are to be trained.
+        value: whether they are trained.
     """
     chosen = {id(v) for v in variables}
     trained = {id(v) for v in model.trainable_variables}

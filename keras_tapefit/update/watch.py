@@ -20,7 +20,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class RecordRequest:
-    """What is to be recorded of each step, beside what every record holds.
+    """What to record of each step, besides what every record holds.
 
     Args:
         per_variable: whether the norm of each variable's gradient is.
@@ -76,7 +76,7 @@ class Watch:
 
     Args:
         request: what to look at.
-        due: scalar bool, whether histograms are to be made in this step.
+        due: scalar bool, whether histograms are made in this step.
     """
 
     def __init__(self, request: RecordRequest, due: Any = None) -> None:
