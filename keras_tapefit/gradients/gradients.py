@@ -332,8 +332,7 @@ class Gradients:
         tiny finite gradients overflow or underflow. It is computed once, however
         often it is asked for.
         """
-        length, _ = self._length_and_finite()
-        return length.size * length.unit
+        return self._length_and_finite()[0].norm
 
     def _length_and_finite(self) -> tuple[_norms.Length, tf.Tensor]:
         """Returns the global norm, and whether all is finite, from one look at the values."""

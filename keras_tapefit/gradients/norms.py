@@ -15,12 +15,17 @@ class Length(NamedTuple):
     """A norm that may be too large or too small for a float: `size · unit`.
 
     Attributes:
-        size: of moderate size, or inf or NaN where an element is.
-        unit: a positive number, mostly 1.
+        size: of moderate size for its type, or inf or NaN where an element is.
+        unit: a positive number, mostly 1, of the type of the norm.
     """
 
     size: tf.Tensor
     unit: tf.Tensor
+
+    @property
+    def norm(self) -> tf.Tensor:
+        """The norm itself: inf where it is too large for its type."""
+        return tf.cast(self.size * tf.cast(self.unit, self.size.dtype), self.unit.dtype)
 
 
 def wide(value: tf.Tensor) -> tf.Tensor:
@@ -56,7 +61,7 @@ def joint_norm_and_finite(values: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Te
         Two scalars: the norm, float32, or float64 when any of the values is; and a bool.
     """
     length, finite = joint_length(values)
-    return tf.cast(length.size * length.unit, _common_dtype(values)), finite
+    return length.norm, finite
 
 
 def joint_length(values: Sequence[tf.Tensor]) -> tuple[Length, tf.Tensor]:
@@ -72,7 +77,7 @@ def joint_length(values: Sequence[tf.Tensor]) -> tuple[Length, tf.Tensor]:
     if dtype == tf.float32 and _are_few(values):
         joined = tf.cast(tf.concat([tf.reshape(v, [-1]) for v in values], 0), tf.float64)
         total = tf.reduce_sum(joined * joined)
-        return Length(tf.sqrt(total), tf.ones((), tf.float64)), tf.math.is_finite(total)
+        return Length(tf.sqrt(total), one), tf.math.is_finite(total)
     low, high, power = _RANGES[dtype]
     squares = _sum_of_squares(values)
 
@@ -191,8 +196,7 @@ def axes_norm(value: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     Returns:
         A tensor of the rank of `value`, float32 or wider.
     """
-    length = axes_length(value, axes)
-    return length.size * length.unit
+    return axes_length(value, axes).norm
 
 
 def axes_length(value: tf.Tensor, axes: Sequence[int]) -> Length:

@@ -153,7 +153,7 @@ def without_update(rounds: int) -> Lines:
 
 
 def freezing(rounds: int) -> Lines:
-    """The first 90 of 100 layers frozen: steps, and what going to and fro costs."""
+    """The first 90 of 100 layers frozen: steps, and what freezing and unfreezing cost."""
     yield "202 variables, Adam", "CPU", "wall", "goal", "CPU ms", "stock"
     workload = workloads.dense_stack(100)
     stock, ours = workload.build(keras.Model), workload.build(TapeModel)

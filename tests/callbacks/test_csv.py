@@ -145,7 +145,7 @@ def test_a_second_fit_appends_what_has_the_same_columns(tmp_path):
     support.fit(model, [callbacks.GradientCSV(path)])
     assert read(path)["step"].tolist() == list(range(12))
     before = path.read_text()
-    with pytest.raises(ValueError, match=r"goes on at step 12, and the file '.*' has other col"):
+    with pytest.raises(ValueError, match=r"continues at step 12, and the file '.*' has other col"):
         support.fit(model, [callbacks.GradientCSV(path, per_variable=True)])
     assert path.read_text() == before
 

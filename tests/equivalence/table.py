@@ -35,7 +35,7 @@ as state, are held to the same tolerance. What float32 resolves is 6e-8.
 The modes: `run_eagerly=True`; `jit_compile=True`; `steps_per_execution=3`, which does not \
 divide the number of steps; `tf.distribute.MirroredStrategy` on 2 devices, each with half \
 of the batch; a dynamic `LossScaleOptimizer`; `jit_compile="update"`; a product with one-hot \
-vectors in the place of the embedding; `micro_batches=4`; \
+vectors instead of the embedding; `micro_batches=4`; \
 `gradient_accumulation_steps` of the optimizer, on batches that are smaller in proportion. \
 The trainings are such that mistakes show: embeddings with repeated tokens, gradients that \
 depend on their own scale (SGD; an optimizer like Adam is blind to a wrong factor), a bad \
