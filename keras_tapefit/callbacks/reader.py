@@ -117,7 +117,7 @@ class RecordReader(keras.callbacks.Callback):
             return
         # What the first batch built has records since then, and these are of this training.
         num_written = recording.records.count() if after_batch else 0
-        recording.begin(runtime.steps_so_far())
+        recording.begin(runtime.step_count.so_far(runtime.optimizer))
         self._records, self._num_unread = recording.records, 0
         self._position = recording.records.count() - num_written
         self.begin(recording.records, self._position)

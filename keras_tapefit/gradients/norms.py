@@ -43,9 +43,10 @@ def joint_norm(values: Sequence[tf.Tensor]) -> tf.Tensor:
 def joint_norm_and_finite(values: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns `sqrt(Σ x²)` over all elements of all tensors, and whether all are finite.
 
-    The plain sum of squares is taken first. Where it left the range in which it is
-    exact, and only there, the sum is taken again over values multiplied by a power of
-    two, where it is finite if they are. The norm is inf where it is too large for its
+    Few float32 values are summed in float64, in which no square of theirs overflows or
+    is lost. Of many, the plain sum of squares is taken first. Where it left the range in
+    which it is exact, and only there, the sum is taken again over values multiplied by a
+    power of two, where it is finite if they are. The norm is inf where it is too large for its
     type or an element is infinite, and NaN where an element is.
 
     Args:
@@ -55,7 +56,7 @@ def joint_norm_and_finite(values: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Te
         Two scalars: the norm, float32, or float64 when any of the values is; and a bool.
     """
     length, finite = joint_length(values)
-    return length.size * length.unit, finite
+    return tf.cast(length.size * length.unit, _common_dtype(values)), finite
 
 
 def joint_length(values: Sequence[tf.Tensor]) -> tuple[Length, tf.Tensor]:
@@ -68,6 +69,10 @@ def joint_length(values: Sequence[tf.Tensor]) -> tuple[Length, tf.Tensor]:
     if not values:
         return Length(tf.zeros((), dtype), one), tf.constant(True)
     values = [tf.cast(value, dtype) for value in values]
+    if dtype == tf.float32 and _are_few(values):
+        joined = tf.cast(tf.concat([tf.reshape(v, [-1]) for v in values], 0), tf.float64)
+        total = tf.reduce_sum(joined * joined)
+        return Length(tf.sqrt(total), tf.ones((), tf.float64)), tf.math.is_finite(total)
     low, high, power = _RANGES[dtype]
     squares = _sum_of_squares(values)
 
@@ -108,6 +113,14 @@ def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
     is_safe = tf.reduce_all((squares > low) & (squares < high))
     return tf.cond(is_safe, lambda: tf.sqrt(squares), scaled)
 
+
+def _are_few(values: Sequence[tf.Tensor]) -> bool:
+    """Whether a copy of all elements costs less than a branch."""
+    sizes = [value.shape.num_elements() for value in values]
+    return not _mode.in_xla and None not in sizes and sum(sizes) <= _FEW
+
+
+_FEW = 2**16
 
 # The sums of squares that lost nothing, and a factor that brings all others there.
 _RANGES = {tf.float32: (1e-30, 1e38, 2.0**96), tf.float64: (1e-280, 1e300, 2.0**560)}

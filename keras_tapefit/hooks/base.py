@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,7 +18,16 @@ from keras_tapefit.gradients import (
     serialize_targets,
     variable_path,
 )
-from keras_tapefit.gradients.targets import check_targets, describe, is_variable, matching
+from keras_tapefit.gradients.targets import check_targets, matching
+from keras_tapefit.hooks.arguments import (
+    arguments_of,
+    deserialized,
+    init_arguments,
+    numbers,
+    plain_arguments,
+    serialized,
+    shown,
+)
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
 from keras_tapefit.hooks.step import LogEntry, current_step
 
@@ -119,7 +127,7 @@ class GradientHook:
         self._name = name
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_new = name not in self.__dict__ or name not in _plain_arguments(type(self))
+        is_new = name not in self.__dict__ or name not in plain_arguments(type(self))
         # What a hook assigns to itself while it is built or applied is its own affair.
         if is_new or self._is_building or current_step() is not None:
             object.__setattr__(self, name, value)
@@ -133,7 +141,7 @@ class GradientHook:
     def _assign(self, name: str, value: Any) -> None:
         """Gives an argument of a hook in use another value, as if it were made with it."""
         try:
-            arguments = self._arguments()
+            arguments = arguments_of(self)
         except AttributeError:  # one is not kept, so nothing can be made anew
             object.__setattr__(self, name, value)
             self._begin_anew()
@@ -142,8 +150,8 @@ class GradientHook:
         known = self._known_variables()
         if name == "targets" and known is not None:
             matching(value, known)
-        numbers = {number.name for number in _numbers(type(self))}
-        own = vars(made).keys() - _BOOKKEEPING - numbers
+        kept = {number.name for number in numbers(type(self))}
+        own = vars(made).keys() - _BOOKKEEPING - kept
         self.__dict__.update({key: vars(made)[key] for key in own})
         if name in self.keeps_state:
             self._structure += 1
@@ -158,11 +166,11 @@ class GradientHook:
     def _check_arguments(self) -> None:
         """Raises as `__init__` does where an argument was assigned what it refuses."""
         if not self._is_checked:
-            type(self)(**self._arguments())
+            type(self)(**arguments_of(self))
             self._is_checked = True
 
     def __copy__(self: Hook) -> Hook:
-        arguments: dict[str, Any] = self._arguments()
+        arguments: dict[str, Any] = arguments_of(self)
         for argument, value in arguments.items():
             arguments[argument] = list(value) if isinstance(value, list) else value
         return type(self)(**arguments)
@@ -171,12 +179,12 @@ class GradientHook:
         return self.__copy__()
 
     def __repr__(self) -> str:
-        shown = []
-        for argument in _init_arguments(type(self)):
+        parts = []
+        for argument in init_arguments(type(self)):
             value = self._name if argument == "name" else self.__dict__.get(argument)
             if value is not None:
-                shown.append(f"{argument}={_shown(value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+                parts.append(f"{argument}={shown(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def name(self) -> str:
@@ -471,32 +479,14 @@ class GradientHook:
             AttributeError: when an argument was not kept as an attribute.
         """
         config = {}
-        for argument, value in self._arguments().items():
+        for argument, value in arguments_of(self).items():
             if argument in self._target_arguments:
                 config[argument] = serialize_targets(value, self._known_variables())
             elif isinstance(getattr(type(self), argument, None), Number):
                 config[argument] = serialize_number(value)
             else:
-                config[argument] = _serialize(value)
+                config[argument] = serialized(value)
         return config
-
-    def _arguments(self) -> dict[str, Any]:
-        """Returns the arguments of `__init__`, as they are now."""
-        arguments = {}
-        for argument in _init_arguments(type(self)):
-            if argument == "name":
-                arguments["name"] = self._name
-            elif isinstance(getattr(type(self), argument, None), Number):
-                arguments[argument] = self.__dict__.get(argument)
-            elif hasattr(self, argument):
-                arguments[argument] = getattr(self, argument)
-            else:
-                raise AttributeError(
-                    f"{type(self).__name__}.__init__ takes `{argument}` but keeps no "
-                    f"attribute of that name, so its config cannot be saved. Assign "
-                    f"`self.{argument} = {argument}`, or implement `get_config`."
-                )
-        return arguments
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GradientHook:
@@ -508,7 +498,7 @@ class GradientHook:
             elif isinstance(getattr(cls, key, None), Number):
                 arguments[key] = deserialize_number(value)
             else:
-                arguments[key] = _deserialize(value)
+                arguments[key] = deserialized(value)
         return cls(**arguments)
 
     def _step(self, what: str) -> Any:
@@ -550,7 +540,7 @@ class GradientHook:
         identity = [id(v) for v in variables]
         if self._built_for == identity and self._is_back(variables):
             self._units, self._owners = units, owners
-            for number in _numbers(type(self)):
+            for number in numbers(type(self)):
                 number.make_variable(self)
             return
         before = dict(vars(self))
@@ -563,7 +553,7 @@ class GradientHook:
             self._units = units
             self._owners = owners
             self._variables, self._lasting = [], []
-            for number in _numbers(type(self)):
+            for number in numbers(type(self)):
                 number.make_variable(self)
             with keras.name_scope(self.name):
                 self.build([variables[i] for i in self._positions])
@@ -577,52 +567,3 @@ class GradientHook:
 
 # What every hook has, whatever its arguments.
 _BOOKKEEPING = frozenset(vars(GradientHook.__new__(GradientHook)))
-_plain: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-
-
-def _plain_arguments(cls: type) -> frozenset[str]:
-    """Returns the arguments that a hook of a class keeps as plain attributes."""
-    if cls not in _plain:
-        names = set(_init_arguments(cls)) - {"name"}
-        # Numbers and properties see to themselves.
-        _plain[cls] = frozenset(n for n in names if not hasattr(getattr(cls, n, None), "__set__"))
-    return _plain[cls]
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as a `repr` shows it, without addresses."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    if isinstance(value, keras.layers.Layer) or is_variable(value):
-        return f"<{describe(value)}>"
-    if inspect.isroutine(value):
-        return f"<function {value.__name__}>"
-    is_default = type(value).__repr__ is object.__repr__
-    return f"<{type(value).__name__}>" if is_default else repr(value)
-
-
-def _numbers(cls: type) -> list[Number]:
-    names = {name for base in cls.__mro__ for name in vars(base)}
-    found = (getattr(cls, name, None) for name in sorted(names))
-    return [value for value in found if isinstance(value, Number)]
-
-
-def _init_arguments(cls: type) -> list[str]:
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in kinds]
-
-
-def _serialize(value: Any) -> Any:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    if plain or (
-        isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)
-    ):
-        return value
-    return keras.saving.serialize_keras_object(value)
-
-
-def _deserialize(value: Any) -> Any:
-    if isinstance(value, dict) and "class_name" in value:
-        return keras.saving.deserialize_keras_object(value)
-    return value

@@ -33,7 +33,7 @@ class Clock(keras.callbacks.Callback):
         if not runtime.hooks and not self._scheduled:
             return
         counted = any(hook.uses_step_count for hook in runtime.hooks)
-        steps = runtime.steps_so_far() if counted else 0
+        steps = runtime.step_count.so_far(runtime.optimizer) if counted else 0
         wanted: set[int] = set()
         held: set[int] = set()
         for hook in runtime.hooks:

@@ -1,9 +1,9 @@
 """What the Keras trainer hides.
 
-Private names used here: `Model._loss_tracker`, `_assert_compile_called`,
+Private names used here: `Model._loss_tracker`, `_assert_compile_called`, `_initial_epoch`,
 `_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
-`_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`,
-`TFEpochIterator._distributed_dataset`, `_compile_metrics`, `_compile_loss`,
+`_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`, `_compile_metrics`,
+`_compile_loss`, `TFEpochIterator._distributed_dataset`,
 `keras.src.backend.compute_output_spec`,
 `keras.src.backend.tensorflow.trainer.reduce_per_replica`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`.
@@ -31,6 +31,11 @@ def forward(model: Any, x: Any, training: bool) -> Any:
 def takes_training(model: Any) -> bool:
     """Whether a model's `call` has an argument `training`."""
     return model._call_has_training_arg
+
+
+def resumed_epoch(model: Any) -> int:
+    """Returns the epoch that a callback has set for a training to begin with, 0 if none."""
+    return model._initial_epoch or 0
 
 
 def check_compiled(model: Any, method: str) -> None:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation, GradientMethod, MicroBatches
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
-from keras_tapefit.hooks.log_entries import LogEntries
 from keras_tapefit.training import keras_trainer, losses
+from keras_tapefit.training.epoch_logs import EpochLogs
 from keras_tapefit.training.recording import Recording
 from keras_tapefit.training.state import State
+from keras_tapefit.training.step_count import StepCount
+from keras_tapefit.training.windows import Windows
 from keras_tapefit.update import loaded_optimizers, optimizers, trainable
-from keras_tapefit.update.update import may_reject
-from keras_tapefit.update.window import Window, change_steps, window_steps
+from keras_tapefit.update.making import may_reject
 
 
 class TraceSource(Protocol):
@@ -57,16 +57,20 @@ class Runtime:
         self.recording = Recording()
         self.state = State(self)
         self.trace_source: TraceSource | None = None
-        self.training_steps: Any = None
-        self.made_entries: LogEntries | None = None
+        self.step_count = StepCount()
+        self.windows = Windows(self._named_optimizers, self.state.pending_of, self.scope)
+        self.logs = EpochLogs(
+            owners=self._reporting,
+            has_gate=lambda: self.hooks.may_skip_steps,
+            num_variables=lambda: len(self.candidates()),
+            scope=self.scope,
+        )
         self.evaluating = False
         # Whether the data of this training may end before Keras expects it to.
         self.may_run_out = False
         self.clock: Any = None
         # Places of variables to be frozen as soon as they are made.
         self.frozen_when_built: list[Any] = []
-        self._windows: dict[int, tuple[Any, Window]] = {}
-        self._window_steps: dict[int, int] = {}
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
         self._functions: dict[Any, Callable[[], Any]] = {}
@@ -95,6 +99,11 @@ class Runtime:
     def divides_in_parts(self) -> bool:
         """Whether a batch has parts, or is a part of a window."""
         return self.micro_batches > 1 or self.has_window
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the model's own optimizer accumulates."""
+        return self.optimizer in self.windows
 
     def gradient_method(self) -> GradientMethod:
         """Returns how the gradients of a batch are computed."""
@@ -131,12 +140,12 @@ class Runtime:
                 optimizers.build(optimizer, variables)
                 loaded_optimizers.restore(optimizer)
         with tf.init_scope(), self.scope():
-            self._make_windows()
+            self.windows.prepare()
             if self.hooks:
                 self.hooks.prepare(variables, self.unit, self._owner)
-            self._make_entries()
+            self.logs.prepare()
             if self.has_window or any(hook.uses_step_count for hook in self.hooks):
-                self._make_step_count()
+                self.step_count.prepare(optimizer)
             self.recording.prepare(variables, self.model.steps_per_execution)
             self.state.restore_pending()
         if self.divides_in_parts:
@@ -169,61 +178,6 @@ class Runtime:
                 "`with strategy.scope():`, with the model built."
             )
 
-    def _make_windows(self) -> None:
-        for optimizer in self.optimizers():
-            if optimizer.built:
-                self._make_window(optimizer)
-
-    def _make_window(self, optimizer: Any) -> None:
-        steps = window_steps(optimizer)
-        known = self._windows.get(id(optimizer), (None, None))[1]
-        before = self._window_steps.setdefault(id(optimizer), steps)
-        if before != steps:
-            if known is not None and known.leftover_steps():
-                # It takes effect with the next window.
-                return
-            change_steps(optimizer, before, steps)
-            self._window_steps[id(optimizer)] = steps
-            known = None
-        if steps == 1:
-            self._windows.pop(id(optimizer), None)
-        elif known is None:
-            window = Window(optimizer, steps)
-            self._windows[id(optimizer)] = (optimizer, window)
-            window.make_room(self.state.pending_of(self._name_of(optimizer)))
-
-    def _name_of(self, optimizer: Any) -> str:
-        names = {id(value): name for name, value in self._named_optimizers()}
-        return f"window.{names.get(id(optimizer), optimizer.name)}"
-
-    def window_of(self, optimizer: Any) -> Window | None:
-        """Returns the window in which an optimizer's gradients accumulate, if any."""
-        if id(optimizer) not in self._windows and window_steps(optimizer) > 1:
-            with tf.init_scope(), self.scope():
-                self._make_window(optimizer)
-                self._make_entries()
-        return self._windows.get(id(optimizer), (None, None))[1]
-
-    def named_windows(self) -> Iterator[tuple[str, Any, Window]]:
-        """Yields each window with a stable name and its optimizer."""
-        for optimizer, window in self._windows.values():
-            yield self._name_of(optimizer), optimizer, window
-
-    @property
-    def has_window(self) -> bool:
-        """Whether the model's own optimizer accumulates."""
-        return id(self.optimizer) in self._windows
-
-    def open_windows(self) -> list[tuple[Any, Window]]:
-        """Returns the windows that have steps left over; waits for the device."""
-        return [pair for pair in self._windows.values() if pair[1].leftover_steps()]
-
-    def loaded_state(self) -> None:
-        """Has windows make room for what is being loaded."""
-        for name, _, window in self.named_windows():
-            window.make_room(self.state.pending_of(name))
-            window.loaded()
-
     def scope(self) -> Any:
         """Returns the scope of the model's strategy."""
         strategy = keras_trainer.strategy_of(self.model)
@@ -242,62 +196,8 @@ class Runtime:
             self._owners = trainable.owners(self.model)
         return self._owners.get(id(variable), id(variable))
 
-    @property
-    def entries(self) -> LogEntries:
-        """The log entries of the epoch."""
-        if self.made_entries is None:
-            with tf.init_scope(), self.scope():
-                self._make_entries()
-        assert self.made_entries is not None
-        return self.made_entries
-
-    def _make_entries(self) -> None:
-        if self.made_entries is None:
-            self.made_entries = LogEntries(128 + 4 * len(self.candidates()))
-
-    def entry_names(self, validation: bool = False) -> list[str]:
-        """Returns the names of the log entries that the hooks report now."""
-        if self.made_entries is None:
-            return []
-        owners = [*self.hooks, self.model]
-        owners += [None] if self.may_reject() else []
-        return self.made_entries.names(owners, validation)
-
-    def logged(self) -> dict[str, tf.Tensor]:
-        """Returns the log entries so far."""
-        names = self.entry_names()
-        return self.made_entries.results(names) if self.made_entries is not None else {}
-
-    def counted_steps(self) -> tuple[int, int]:
-        """Returns how many steps of this epoch counted, and how many were skipped."""
-        return (0, 0) if self.made_entries is None else self.made_entries.verdicts()
-
-    def _make_step_count(self) -> None:
-        if self.training_steps is None:
-            optimizer = self.optimizer
-            built = optimizer is not None and optimizer.built
-            start = int(optimizer.iterations.numpy()) if built else 0
-            self.training_steps = keras.Variable(
-                np.int64(start * (window_steps(optimizer) if built else 1)),
-                dtype="int64",
-                trainable=False,
-                autocast=False,
-                aggregation="none",
-                name="training_steps",
-            )
-
-    def steps_so_far(self) -> int:
-        """Returns the number of steps of training; waits for the device."""
-        if self.training_steps is not None:
-            return int(self.training_steps.numpy())
-        optimizer = self.optimizer
-        return int(optimizer.iterations.numpy()) if optimizer is not None else 0
-
-    def count_step(self, accepted: tf.Tensor | None) -> None:
-        """Counts a step of training, for hooks that go by it; a rejected one never was."""
-        if self.training_steps is not None:
-            counted = 1 if accepted is None else tf.cast(accepted, tf.int64)
-            self.training_steps.assign(self.training_steps.value + counted)
+    def _reporting(self) -> list[Any]:
+        return [*self.hooks, self.model, *([None] if self.may_reject() else [])]
 
     def run_once(self, key: Any, fn: Callable[[], None]) -> None:
         """Runs a function on all replicas, traced once for a key."""

@@ -39,10 +39,10 @@ class State(keras.Operation):
         found = self._saved()
         for hook in runtime.hooks:
             found.update((f"{hook.name}.{n}", v) for n, v in hook._number_variables.items())
-        for name, _, window in runtime.named_windows():
+        for name, window in runtime.windows.named():
             found.update((f"{name}.updates.{i}", v) for i, v in enumerate(window.updates))
-        if runtime.made_entries is not None:
-            found["log_entries"] = runtime.made_entries.state
+        if runtime.logs.made is not None:
+            found["log_entries"] = runtime.logs.made.state
         records = runtime.recording.records
         if records is not None:
             found.update((f"records.{v.name}", v) for v in records.variables)
@@ -57,11 +57,11 @@ class State(keras.Operation):
         }
         if runtime.recording.counter is not None:
             found["recorded_steps"] = runtime.recording.counter
-        if runtime.training_steps is not None:
-            found["training_steps"] = runtime.training_steps
+        if runtime.step_count.variable is not None:
+            found["training_steps"] = runtime.step_count.variable
         for i, seed in enumerate(trainable.seeds(runtime.model)):
             found[f"seed.{i}"] = seed
-        for name, _, window in runtime.named_windows():
+        for name, window in runtime.windows.named():
             found.update((f"{name}.{key}", v) for key, v in window.variables.items())
         return found
 
@@ -92,7 +92,7 @@ class State(keras.Operation):
             found += runtime.candidates()
             for optimizer in runtime.optimizers():
                 found += optimizer.variables
-            for _, _, window in runtime.named_windows():
+            for _, window in runtime.windows.named():
                 found += window.variables.values()
         if everything or not runtime.has_window:
             # With a window the hooks run at its end, and are put back there.
@@ -102,7 +102,7 @@ class State(keras.Operation):
     def save_own_variables(self, store: Any) -> None:
         for key, value in self._pending.items():
             store[key] = value
-        for _, _, window in self._runtime.named_windows():
+        for _, window in self._runtime.windows.named():
             window.gather()
         for key, variable in self._saved().items():
             store[key] = variable.numpy()
@@ -112,7 +112,7 @@ class State(keras.Operation):
         self._check(given)
         # Kept until the hook is built: a model may be loaded before it has weights.
         self._pending = given
-        self._runtime.loaded_state()
+        self._runtime.windows.loaded()
         self.restore_pending()
 
     def _check(self, given: dict[str, np.ndarray]) -> None:

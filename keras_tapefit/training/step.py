@@ -15,10 +15,10 @@ from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import replicas
-from keras_tapefit.update.compiled import update_compiled
+from keras_tapefit.update.compiled import make_update_compiled
+from keras_tapefit.update.making import Outcome, accumulate, close, log, make_update
 from keras_tapefit.update.records import StepRecord
 from keras_tapefit.update.rollback import Rollback, undoing_updates
-from keras_tapefit.update.update import Outcome, accumulate, close, log, update
 from keras_tapefit.update.window import Window
 
 
@@ -93,7 +93,7 @@ class Step:
 
     def _outcome(self, computed: Computed, optimizer: Any, scaled: bool) -> Outcome:
         runtime, watch = self.runtime, None
-        hooks, window = runtime.hooks, runtime.window_of(optimizer)
+        hooks, window = runtime.hooks, runtime.windows.of(optimizer)
         records = runtime.recording.records
         if self._record is None and records is not None:
             # Not before: a model that its first batch builds has records since then.
@@ -104,7 +104,7 @@ class Step:
         gradients = computed.gradients
         if window is None:
             norms = computed.part_norms(replicas.count()) if hooks.uses_parts else None
-            make = update_compiled if runtime.jit_compile == "update" else update
+            make = make_update_compiled if runtime.jit_compile == "update" else make_update
             outcome = make(gradients, optimizer, hooks, scaled, computed.loss, norms, watch)
         else:
             call, steps = self._calls.get(id(window)) or (0, window.begin_step())
@@ -117,7 +117,7 @@ class Step:
                 hooks,
                 scaled,
                 window,
-                runtime.entries,
+                runtime.logs.entries,
                 records,
                 watch,
             )
@@ -155,13 +155,13 @@ class Step:
             if self._entries_of_step or self._rejects:
                 own = {r.name for r in self._entries_of_step if r.hook is runtime.model}
                 taken = {"loss", *(logs if isinstance(logs, dict) else ())} - own
-                log(runtime.entries, self._entries_of_step, accepted, self._rejects, taken)
+                log(runtime.logs.entries, self._entries_of_step, accepted, self._rejects, taken)
             if self._record is not None:
                 self._record.write(self._loss)
-        runtime.count_step(accepted)
+        runtime.step_count.add(accepted)
         if not isinstance(logs, dict):
             return logs
-        return {**logs, **runtime.logged()}
+        return {**logs, **runtime.logs.results()}
 
 
 class CustomStep(Step):
@@ -240,7 +240,7 @@ def open_step(runtime: Runtime) -> CustomStep | None:
 
 def close_windows(runtime: Runtime) -> None:
     """Makes an update of the steps that are left over at the end of an epoch."""
-    for optimizer, window in runtime.open_windows():
+    for optimizer, window in runtime.windows.open():
         # What is frozen by now keeps its value.
         calls = {c: window.trained(c, runtime.candidates()) for c in window.known_calls()}
         trained = tuple(id(v) for variables in calls.values() for v in variables)
@@ -253,6 +253,6 @@ def close_windows(runtime: Runtime) -> None:
 def _close_all(
     runtime: Runtime, window: Window, calls: dict[int, list[Any]], optimizer: Any
 ) -> None:
-    where = (runtime.entries, runtime.recording.records)
+    where = (runtime.logs.entries, runtime.recording.records)
     for call, variables in calls.items():
         close(window, call, False, variables, optimizer, runtime.hooks, *where)

@@ -53,6 +53,33 @@ def check_scope(model: Any, with_model: bool = True) -> None:
         keras_trainer.keep_strategy(model)
 
 
+class SameBeginning(keras.callbacks.Callback):
+    """Stops all workers where they would not begin at the same epoch and step.
+
+    One that was killed before it wrote the backup of an epoch is behind the others.
+    """
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        strategy = self.model.distribute_strategy
+        optimizer = self.model.optimizer
+        steps = int(optimizer.iterations.numpy()) if optimizer.built else 0
+        mine = [keras_trainer.resumed_epoch(self.model), steps]
+
+        def gather() -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            return context.all_gather(tf.constant([mine], tf.int64), axis=0)
+
+        gathered = strategy.run(tf.function(gather, autograph=False))
+        begins = sorted(set(map(tuple, strategy.experimental_local_results(gathered)[0].numpy())))
+        if len(begins) > 1:
+            shown = " or ".join(f"epoch {epoch} with {steps} updates" for epoch, steps in begins)
+            raise RuntimeError(
+                f"The workers would begin at different places: {shown}. One was probably "
+                "killed before it had written its backup. Give all workers the same one "
+                "(copy one worker's backup folder to the others), or delete all backups."
+            )
+
+
 def check_storage(model: Any, keeps_state: bool) -> None:
     """Refuses state that a step changes where all replicas share one copy of it.
 

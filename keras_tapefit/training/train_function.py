@@ -132,7 +132,7 @@ class TrainFunction(TracedFunction):
 
     def _key(self) -> Any:
         runtime = self._runtime
-        windows = tuple(window.structure() for _, _, window in runtime.named_windows())
+        windows = runtime.windows.structure()
         structure = (runtime.hooks.structure(), runtime.recording.structure(), windows)
         return self._flags_now(), structure
 
@@ -145,9 +145,9 @@ class TrainFunction(TracedFunction):
         leaves = list(optimizers.leaves(optimizer))
         for finding in order_findings(list(runtime.hooks), leaves, runtime.backward):
             self.say(finding)
-        if runtime.made_entries is not None:
+        if runtime.logs.made is not None:
             kept = [hook for _, structure in self._traces for hook, _ in structure[0]]
-            runtime.made_entries.keep([*kept, *runtime.hooks, self._model, None])
+            runtime.logs.made.keep([*kept, *runtime.hooks, self._model, None])
 
     def say(self, finding: str | None) -> None:
         """Warns of a finding, once."""

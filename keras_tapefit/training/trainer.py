@@ -30,7 +30,7 @@ from keras_tapefit.training import (
 )
 from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.objective import ModelObjective
-from keras_tapefit.training.runtime import Runtime, runtime_of
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.step import CustomStep, Step, close_windows, open_step
 from keras_tapefit.training.tape import StepTape, prepare_optimizer
 from keras_tapefit.training.train_function import TestFunction, TrainFunction
@@ -229,7 +229,7 @@ class TapeTrainer:
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        runtime = runtime_of(self)
+        runtime, was_built = runtime_of(self), self.built
         if iterator is not None and not runtime.evaluating:
             runtime.may_run_out = keras_trainer.may_run_out(iterator)
         if iterator is None or not strategies.needs_own_build(self):
@@ -243,7 +243,8 @@ class TapeTrainer:
             keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
         if self.built:
             building.complete(self)
-            runtime.prepare()
+            if not was_built:
+                runtime.prepare()
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,15 +260,13 @@ class TapeTrainer:
         others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
         if "callbacks" not in parameters and others:
             rest = bound.arguments.setdefault(others[0], {})
-        rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
+        rest["callbacks"] = _with_ours(rest.get("callbacks"), self, runtime.clock)
         return fit(*bound.args, **bound.kwargs)
 
     def reset_metrics(self) -> None:
         """Resets the state of all metrics, and of what hooks report."""
         super().reset_metrics()
-        entries = runtime_of(self).made_entries
-        if entries is not None:
-            entries.reset()
+        runtime_of(self).logs.reset()
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -280,14 +279,14 @@ class TapeTrainer:
         if not runtime.evaluating:
             close_windows(runtime)
         # Keras reads the epoch's metrics where the step's logs have their names only.
-        names = runtime.entry_names(validation=runtime.evaluating)
+        names = runtime.logs.names(validation=runtime.evaluating)
         if not isinstance(logs, dict) or not names:
             return super()._get_metrics_result_or_logs(logs)
         own = {name: value for name, value in logs.items() if name not in names}
         results = super()._get_metrics_result_or_logs(own)
         if runtime.evaluating:
-            return {**results, **runtime.entries.results(names)}
-        return {**_of_counted_steps(results, runtime), **runtime.logged()}
+            return {**results, **runtime.logs.entries.results(names)}
+        return {**runtime.logs.of_counted_steps(results), **runtime.logs.results()}
 
     @property
     def gradient_hooks(self) -> HookList:
@@ -482,21 +481,6 @@ def _warn_of_nothing_to_train(model: Any) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _of_counted_steps(results: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
-    """Returns the epoch's logs: NaN where every step was skipped, of which there is no mean."""
-    counted, skipped = runtime.counted_steps()
-    if not skipped:
-        return results
-    # A loss scale finds its size by overflows; those need no word.
-    if runtime.hooks.may_skip_steps and skipped > counted:
-        warnings.warn(
-            f"{skipped} of {skipped + counted} steps of this epoch were skipped: their "
-            "gradients were not finite, or a gate rejected them.",
-            stacklevel=4,
-        )
-    return dict.fromkeys(results, float("nan")) if counted == 0 else results
-
-
 def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
     candidates = runtime_of(model).candidates()
     if targets is None:
@@ -509,9 +493,13 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
     trainable.set_trainable(model, chosen, value)
 
 
-def _with_clock(callbacks: Any, clock: Clock) -> Any:
+def _with_ours(callbacks: Any, model: Any, clock: Clock) -> Any:
     check_callbacks(callbacks)
+    # Last: a callback that resumes a training does so when the training begins.
+    last = [strategies.SameBeginning()] if strategies.has_workers(model) else []
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(clock)
+        for callback in [clock, *last]:
+            callbacks.append(callback)
         return callbacks
-    return [clock, *keras.tree.flatten(callbacks)] if callbacks else [clock]
+    given = keras.tree.flatten(callbacks) if callbacks else []
+    return [clock, *given, *last]

@@ -42,5 +42,5 @@ def watch(
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
     step = Step(index=objective.steps())
     runtime.hooks.validate(gradients, step)
-    runtime.entries.add(step.entries, None, validation=True)
-    return runtime.entries.results([entry.name for entry in step.entries])
+    runtime.logs.entries.add(step.entries, None, validation=True)
+    return runtime.logs.entries.results([entry.name for entry in step.entries])

@@ -296,7 +296,7 @@ def _own_state(runtime: Any) -> dict[str, Any]:
     """Returns what our step keeps besides what Keras knows of, by stable names."""
     records = runtime.recording.records
     return {
-        "windows": [window.num_steps for _, _, window in runtime.named_windows()],
+        "windows": [window.num_steps for _, window in runtime.windows.named()],
         "records": records and [records.request, records.size],
         "variables": runtime.state.variables(),
     }

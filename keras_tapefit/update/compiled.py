@@ -10,12 +10,12 @@ from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.norms import in_xla
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import LogEntry
+from keras_tapefit.update.making import Outcome, make_update
 from keras_tapefit.update.rollback import undoing_updates
-from keras_tapefit.update.update import Outcome, update
 from keras_tapefit.update.watch import Watch
 
 
-def update_compiled(
+def make_update_compiled(
     gradients: Gradients,
     optimizer: Any,
     hooks: HookList,
@@ -24,34 +24,29 @@ def update_compiled(
     norms: Any = None,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Does what `update` does, compiled by XLA.
+    """Does what `make_update` does, compiled by XLA.
 
     An optimizer makes many passes over the weights, hooks some more; XLA makes few of
     them. Forward and backward pass stay as they are. In eager mode and under strategies
-    it is `update`.
+    it is `make_update`.
 
     Args:
-        gradients, optimizer, hooks, scaled, loss, norms, watch: see `update`.
+        gradients, optimizer, hooks, scaled, loss, norms, watch: see `make_update`.
     """
     if tf.executing_eagerly() or tf.distribute.has_strategy():
-        return update(gradients, optimizer, hooks, scaled, loss, norms, watch)
-    variables = gradients.variables
-    present = [i for i, gradient in enumerate(gradients.values()) if gradient is not None]
+        return make_update(gradients, optimizer, hooks, scaled, loss, norms, watch)
     made: list[Outcome] = []
 
     def body(values: Any, loss: Any, norms: Any) -> Any:
-        padded: list[Any] = [None] * len(variables)
-        for position, value in zip(present, values, strict=True):
-            padded[position] = value
-        pairs = zip(padded, variables, strict=True)
+        given = gradients.with_present(values)
         with in_xla(), undoing_updates(True):
-            outcome = update(Gradients(pairs), optimizer, hooks, scaled, loss, norms, watch)
+            outcome = make_update(given, optimizer, hooks, scaled, loss, norms, watch)
         made.append(outcome)
         reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.entries]
         return outcome.accepted, reported, outcome.seen
 
     compiled = tf.function(body, jit_compile=True, autograph=False)
-    accepted, values, seen = compiled([gradients.values()[i] for i in present], loss, norms)
+    accepted, values, seen = compiled(gradients.present(), loss, norms)
     # Its tensors belong to the program; what comes out of it takes their place.
     entries = [
         LogEntry(entry.hook, entry.name, value, entry.reduction, weight)

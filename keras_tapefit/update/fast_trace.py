@@ -4,7 +4,8 @@ Keras traces the update of each variable anew, some 65 operations with Adam, whi
 deep network is most of the time before the first step. Here it is traced once for each
 kind of variable (its shape and dtype, those of its slots and of its gradient), and the
 operations are then copied for the other variables of the kind, with their handles in
-the place of those that the trace captured. What depends on no variable, such as Adam's
+the place of those that the trace captured. All copies of one `apply` are imported at once:
+each import looks at every node of the graph. What depends on no variable, such as Adam's
 powers of beta, is in the graph once a kind instead of once a variable. No optimizer's
 mathematics is written again, so it works for any optimizer, one of the user's own too.
 Where it cannot be shown that two variables are treated alike, Keras's own tracing takes
@@ -13,7 +14,8 @@ over.
 `optimizer.trace_update_once = False` turns it off for an optimizer.
 
 Private names used here: `TFOptimizer._distributed_tf_update_step` (that it calls
-`self.update_step(gradient, variable, learning_rate)` with a `tf.Variable`),
+`self.update_step(gradient, variable, learning_rate)` with a `tf.Variable`, for all
+variables of one `apply`),
 `BaseOptimizer._get_variable_index`, `_trainable_variables_indices`,
 `_trainable_variables` and `_variables`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/update/test_fast_trace.py` fails when they change.
@@ -85,12 +87,15 @@ def traced_once(optimizers: Sequence[Any]) -> Iterator[None]:
     ]
     for optimizer in patched:
         # Past Keras's attribute tracking.
-        optimizer.__dict__["update_step"] = _UpdateStep(optimizer)
+        update_step = _UpdateStep(optimizer)
+        optimizer.__dict__["update_step"] = update_step
+        optimizer.__dict__["_distributed_tf_update_step"] = update_step.all_steps
     try:
         yield
     finally:
         for optimizer in patched:
             optimizer.__dict__.pop("update_step", None)
+            optimizer.__dict__.pop("_distributed_tf_update_step", None)
 
 
 class _UpdateStep:
@@ -99,11 +104,22 @@ class _UpdateStep:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._original = optimizer.update_step
+        self._all_steps = optimizer._distributed_tf_update_step
+        self._copies: _Copies | None = None
         self._index = optimizer._get_variable_index
         self._by_index = _lists_by_index(optimizer)
         self._functions: dict[Any, _Function] = {}
         self._counts: dict[Any, int] = {}
         self._gave_up = self._by_index is None
+
+    def all_steps(self, *args: Any, **kwargs: Any) -> None:
+        """Updates all variables, as Keras does, and makes the copies at the end."""
+        self._copies = _Copies()
+        try:
+            self._all_steps(*args, **kwargs)
+            self._copies.make()
+        finally:
+            self._copies = None
 
     def __call__(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         if not self._gave_up and _is_plain(gradient, variable):
@@ -129,7 +145,10 @@ class _UpdateStep:
             self._functions[kind] = _Function(
                 self._optimizer, self._original, index, row, gradient, variable, learning_rate
             )
-        self._functions[kind](gradient, variable, row)
+        copies = self._copies or _Copies()
+        self._functions[kind](gradient, variable, row, copies)
+        if self._copies is None:
+            copies.make()
 
 
 class _Function:
@@ -175,9 +194,9 @@ class _Function:
         self._own = {function.inputs[0].name: 0, **own}
         self._copy = _Copy(function.graph, set(self._own), common)
 
-    def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any]) -> None:
+    def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: _Copies) -> None:
         values = [gradient, _handle(variable), *map(_handle, row)]
-        self._copy({name: values[place] for name, place in self._own.items()})
+        self._copy({name: values[place] for name, place in self._own.items()}, copies)
 
 
 def _captures(
@@ -238,14 +257,43 @@ class _Copy:
         self._handed_on = sorted(used - replaced - {f"{n.name}:0" for n in self._several.node})
         self._handed_on = [n for n in self._handed_on if n.split(":")[0] in once or n in given]
 
-    def __call__(self, replacements: dict[str, Any]) -> None:
+    def __call__(self, replacements: dict[str, Any], copies: _Copies) -> None:
         if self._shared is None:
             given = {name: _in_graph(tensor) for name, tensor in self._given.items()}
             made = [name for name in self._handed_on if name not in given]
             tensors = _import(self._once, given, made)
             self._shared = {**given, **dict(zip(made, tensors, strict=True))}
         inputs = {name: _in_graph(tensor) for name, tensor in replacements.items()}
-        _import(self._several, {**self._shared, **inputs}, [])
+        copies.add(self._several, {**self._shared, **inputs})
+
+
+class _Copies:
+    """Copies of some operations, each with its own inputs, that go into a graph at once."""
+
+    def __init__(self) -> None:
+        self._definition = tf.compat.v1.GraphDef()
+        self._tensors: dict[str, Any] = {}
+        self._count = 0
+
+    def add(self, part: Any, tensors: dict[str, Any]) -> None:
+        """Adds a copy of `part`, whose other inputs are `tensors` by name."""
+        self._count += 1
+        self._definition.versions.CopyFrom(part.versions)
+        for node in part.node:
+            copied = self._definition.node.add()
+            copied.CopyFrom(node)
+            copied.name = f"{self._count}/{node.name}"
+            for place, name in enumerate(node.input):
+                is_control = name.startswith("^")
+                renamed = f"^{self._count}/{name[1:]}" if is_control else f"{self._count}/{name}"
+                copied.input[place] = renamed
+                if not is_control and _tensor_name(name) in tensors:
+                    self._tensors[_tensor_name(renamed)] = tensors[_tensor_name(name)]
+
+    def make(self) -> None:
+        """Puts the copies into the current graph."""
+        if self._count:
+            _import(self._definition, self._tensors, [])
 
 
 def _part(definition: Any, names: set[str]) -> Any:

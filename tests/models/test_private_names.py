@@ -56,6 +56,21 @@ def test_whether_a_call_takes_training():
     assert support.functional(STOCK)._call_has_training_arg is True
 
 
+def test_the_epoch_that_a_callback_begins_with(tmp_path):
+    """`BackupAndRestore` puts it where `fit` reads it."""
+    model = _model()
+    assert model._initial_epoch is None
+    backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[backup])
+    resumed = _model()
+    seen = []
+    begin = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: seen.append(resumed._initial_epoch)
+    )
+    resumed.fit(X, Y, epochs=4, verbose=0, callbacks=[backup, begin])
+    assert seen == [2]
+
+
 def test_a_function_for_an_iterator():
     """`_make_function(step)` runs `step` on `steps_per_execution` batches."""
     model = _model(steps_per_execution=2, run_eagerly=True)

@@ -42,7 +42,7 @@ def may_reject(optimizer: Any, hooks: HookList) -> bool:
     return hooks.may_skip_steps or (len(hooks) > 0 and optimizers.is_dynamic(optimizer))
 
 
-def update(
+def make_update(
     gradients: Gradients,
     optimizer: Any,
     hooks: HookList,
@@ -191,8 +191,7 @@ def accumulate(
     replicas.when(full, close_window, [])
     if dynamic:
         overflow = [tf.fill(tf.shape(g), float("nan")) for g in _dense(gradients)]
-        places = [i for i, g in enumerate(gradients.values()) if g is not None]
-        apply = _applying(optimizer, gradients.variables, places)
+        apply = _applying(optimizer, gradients)
 
         def halve_scale(values: Sequence[Any]) -> None:
             with window.set_aside():
@@ -226,7 +225,7 @@ def close(
         rollback = Rollback(hooks.undone_variables()) if may_reject(optimizer, hooks) else None
         norms = window.norms(call, mean) if hooks.uses_parts else None
         watch = None if records is None else Watch(records.request)
-        outcome = update(mean, optimizer, hooks, False, loss, norms, watch)
+        outcome = make_update(mean, optimizer, hooks, False, loss, norms, watch)
         if rollback is not None and outcome.accepted is not None:
             rollback.restore_unless(outcome.accepted)
         if records is not None and outcome.seen is not None:
@@ -305,8 +304,7 @@ def _or_not(admitted: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor | None:
 
 
 def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> None:
-    present = [i for i, g in enumerate(gradients.values()) if g is not None]
-    apply = _applying(optimizer, gradients.variables, present)
+    apply = _applying(optimizer, gradients)
     if admitted is None:
         apply(gradients.present())
     else:
@@ -320,32 +318,27 @@ def _apply_undoing(
     inner = optimizer if finite is None else optimizer.inner_optimizer
     applied = gradients if finite is None else gradients.where(finite)
     accepted = _and(admitted, finite)
-    present = [i for i, g in enumerate(applied.values()) if g is not None]
     rollback = None
     if accepted is not None:
         rollback = Rollback([*inner.variables, *gradients.variables])
-    _applying(inner, gradients.variables, present)(applied.present())
+    _applying(inner, applied)(applied.present())
     if rollback is not None and accepted is not None:
         rollback.restore_unless(accepted)
     if finite is not None:
         optimizers.adapt_scale(optimizer, finite, admitted)
 
 
-def _applying(
-    optimizer: Any, variables: Sequence[Any], present: Sequence[int]
-) -> Callable[[Sequence[Any]], None]:
-    """Returns what updates `variables` with the gradients of those at `present`."""
+def _applying(optimizer: Any, gradients: Gradients) -> Callable[[Sequence[Any]], None]:
+    """Returns what updates the variables with other values of gradients that are present."""
 
     def apply(values: Sequence[Any]) -> None:
-        padded: list[Any] = [None] * len(variables)
-        for position, value in zip(present, values, strict=True):
-            padded[position] = value
+        given = gradients.with_present(values)
         overwriting = [
             (leaf, frequency, tf.identity(leaf.iterations.value))
             for leaf, frequency in optimizers.overwrites(optimizer)
         ]
         with optimizers.already_reduced(optimizer):
-            optimizers.apply(optimizer, padded, variables)
+            optimizers.apply(optimizer, given.values(), given.variables)
         for leaf, frequency, before in overwriting:
             count = tf.convert_to_tensor(leaf.iterations.value)
             # A step that overflowed counts for nothing.
