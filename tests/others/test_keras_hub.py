@@ -45,8 +45,8 @@ def _masked(cls):
 
 
 def _language_model(cls):
-    letters = [*"abdefgilmorvy", "\u0120", "<|endoftext|>"]
-    tokenizer = models.GPT2Tokenizer({letter: i for i, letter in enumerate(letters)}, ["a b"])
+    letters = [*"abdefghilmortvy", "\u0120", "ba", "<|endoftext|>"]
+    tokenizer = models.GPT2Tokenizer({letter: i for i, letter in enumerate(letters)}, ["b a"])
     preprocessor = models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=8)
     backbone = models.GPT2Backbone(
         vocabulary_size=len(letters),
@@ -60,10 +60,11 @@ def _language_model(cls):
 
 
 def _images(cls):
+    # The smallest that there is.
     backbone = models.ResNetBackbone(
-        input_conv_filters=[4],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[4],
+        stackwise_num_filters=[64],
         stackwise_num_blocks=[1],
         stackwise_num_strides=[1],
         block_type="basic_block",
