@@ -31,7 +31,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-
 _WIDTH, _DPI = 6.0, 100
 _BEFORE, _AFTER = "0.62", "black"
 _STYLES = ("-", "--", ":", "-.")

@@ -260,7 +260,7 @@ class TapeTrainer:
         others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
         if "callbacks" not in parameters:
             if not others:
-                _check_needs_no_epochs(fit, runtime)
+                _check_needs_no_epochs(fit, runtime.hooks)
                 return fit(*args, **kwargs)
             rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_ours(rest.get("callbacks"), self, runtime.clock)
@@ -496,8 +496,8 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
     trainable.set_trainable(model, chosen, value)
 
 
-def _check_needs_no_epochs(fit: Any, runtime: Runtime) -> None:
-    for hook in runtime.hooks:
+def _check_needs_no_epochs(fit: Any, hooks: HookList) -> None:
+    for hook in hooks:
         if type(hook).frozen_positions is not GradientHook.frozen_positions:
             raise TypeError(
                 f"The hook {hook.name!r} needs to know the epoch, which a callback tells, and "

@@ -37,21 +37,22 @@ def _fit(model, *more, **options):
     return model.fit(X, Y, callbacks=list(more), **options).history
 
 
+def _sequential(max_norm, meta):
+    model = TapeSequential(
+        [keras.Input(meta["X_shape_"][1:]), layers.Dense(3), layers.Dense(1, "sigmoid")]
+    )
+    clipping = hooks.GlobalNormClipping(max_norm)
+    model.compile("sgd", "binary_crossentropy", gradient_hooks=[clipping])
+    return model
+
+
 def test_scikeras():
     """A search of scikit-learn's copies, pickles and refits the models."""
     scikeras = pytest.importorskip("scikeras.wrappers", exc_type=ImportError)
     selection = pytest.importorskip("sklearn.model_selection", exc_type=ImportError)
 
-    def build(max_norm, meta):
-        model = TapeSequential(
-            [keras.Input(meta["X_shape_"][1:]), layers.Dense(3), layers.Dense(1, "sigmoid")]
-        )
-        clipping = hooks.GlobalNormClipping(max_norm)
-        model.compile("sgd", "binary_crossentropy", gradient_hooks=[clipping])
-        return model
-
     wrapped = scikeras.KerasClassifier(
-        build, max_norm=1.0, epochs=2, batch_size=8, verbose=0, random_state=7
+        _sequential, max_norm=1.0, epochs=2, batch_size=8, verbose=0, random_state=7
     )
     search = selection.GridSearchCV(wrapped, {"max_norm": [0.1, 1.0]}, cv=2).fit(X, LABELS)
     best = search.best_estimator_
@@ -87,10 +88,10 @@ def test_wandb(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path))
     expected = _fit(_model(gradient_hooks=_hooks()))
     model = _model(gradient_hooks=_hooks())
-    checkpoint = integration.WandbModelCheckpoint(
-        tmp_path / "best.keras", monitor="loss", save_best_only=True
-    )
     with wandb.init(mode="offline", project="test") as run:
+        checkpoint = integration.WandbModelCheckpoint(
+            tmp_path / "best.keras", monitor="loss", save_best_only=True
+        )
         history = _fit(model, integration.WandbMetricsLogger(), checkpoint)
         assert run.summary["epoch/gradient_norm"] == pytest.approx(history["gradient_norm"][-1])
     assert history == expected
