@@ -1,5 +1,8 @@
 """Tasks of KerasHub, small and with random weights, trained on raw strings and images."""
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -153,8 +156,8 @@ def test_micro_batches_of_strings():
     results = []
     for parts in (1, 2):
         model = _made("text classifier", "from_model")
-        for layer in model.backbone.layers:
-            if hasattr(layer, "rate"):
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0.0
         _compile(model, micro_batches=parts)
         results.append(_fit(model, "text classifier")["loss"])
@@ -190,3 +193,11 @@ def test_text_is_generated_with_what_was_trained(tmp_path):
     again = models.CausalLM.from_preset(str(tmp_path / "preset"))
     for a, b in zip(again.get_weights(), source.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_block_on_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "fine_tune_and_freeze.md").read_text("utf-8")
+    code, expected = re.findall(r"```py\n(.*?)```\n\n```text\n(.*?)```", page, re.S)[-1]
+    exec(compile(code, "fine_tune_and_freeze.md", "exec"), {})
+    assert capsys.readouterr().out == expected
