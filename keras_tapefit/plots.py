@@ -26,6 +26,11 @@ import numpy as np
 
 __all__ = ["gradient_flow", "heat_map", "norms", "trajectory"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _WIDTH, _DPI = 6.0, 100
 _BEFORE, _AFTER = "0.62", "black"
 _STYLES = ("-", "--", ":", "-.")

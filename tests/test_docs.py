@@ -1,36 +1,19 @@
-"""Runs the Python in README.md and docs/, and holds what the pages say to the code.
-
-The ```python blocks of a page run in order and share one namespace. Where a ```text
-block follows a ```python block, it must hold exactly what that block printed. All pages
-run in this process, because importing TensorFlow takes seconds.
-"""
+"""Runs the Python in README.md and docs/, and holds what the pages say to the code."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import re
-import sys
-import types
-from dataclasses import dataclass
 from pathlib import Path
 
-import keras
+import pages
 import pytest
+from pages import ALL_PAGES, DOCS, NOTEBOOK, PAGES, ROOT, blocks_of, cells_of, extras_of
 
 import keras_tapefit
 from keras_tapefit import backward, callbacks, hooks, plots, tuning
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-NOTEBOOK = ROOT / "examples" / "tour.ipynb"
-ALL_PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
-    *sorted(DOCS.rglob("*.md")),
-]
-# Pages that a command writes hold tables only, and those of docs/api docstrings.
-PAGES = [page for page in ALL_PAGES if re.search("^```python", page.read_text("utf-8"), re.M)]
 # These train for longer than the others.
 SLOW = (
     "fine_tune_and_freeze",
@@ -49,48 +32,6 @@ NEEDS = {
 }
 
 
-@dataclass
-class Block:
-    line: int
-    code: str
-    expected: str | None
-
-
-def blocks_of(page: Path, language: str = "python") -> list[Block]:
-    """Returns the blocks of a page in a language, each with the output it promises."""
-    blocks: list[Block] = []
-    kind, begin, body = None, 0, []
-    joins = False  # whether only blank lines came since the last block in that language
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-        if kind is not None:
-            if line != "```":
-                body.append(line)
-                continue
-            if kind == language:
-                blocks.append(Block(begin + 1, "\n".join(body), None))
-            elif kind == "text" and joins:
-                blocks[-1].expected = "\n".join(body)
-            joins = kind == language
-            kind = None
-        elif match := re.fullmatch(r"```(\S*)", line):
-            kind, begin, body = match[1], number, []
-        elif line.strip():
-            joins = False
-    assert kind is None, f"{page.name}: the block of line {begin} has no end"
-    return blocks
-
-
-def cells_of(notebook: Path) -> list[Block]:
-    """Returns the code of a notebook, the lines counted as if it were one file."""
-    blocks, line = [], 1
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"] and cell["execution_count"] is None
-            blocks.append(Block(line, "".join(cell["source"]), None))
-            line += len(cell["source"])
-    return blocks
-
-
 @pytest.mark.parametrize(
     "page",
     [
@@ -98,36 +39,11 @@ def cells_of(notebook: Path) -> list[Block]:
         for page in [*PAGES, NOTEBOOK]
     ],
 )
-def test_page_runs(page, tmp_path, monkeypatch, capsys):
-    blocks = cells_of(page) if page == NOTEBOOK else blocks_of(page)
-    assert blocks, f"{page.name} has no Python block"
-    monkeypatch.chdir(tmp_path)
+def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     # For programs that a page starts.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    keras.utils.clear_session()
-    keras.utils.set_random_seed(0)
-
-    # A real file with the page's line numbers: tracebacks point into the page, and
-    # AutoGraph finds the source of functions.
-    lines = [""] * (max(block.line + block.code.count("\n") for block in blocks))
-    for block in blocks:
-        code = block.code.split("\n")
-        lines[block.line - 1 : block.line - 1 + len(code)] = code
-    source = tmp_path / f"{page.stem.lower()}_page.py"
-    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    module = types.ModuleType(source.stem)
-    module.__file__ = str(source)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    for block in blocks:
-        padded = "\n" * (block.line - 1) + block.code
-        capsys.readouterr()
-        exec(compile(padded, str(source), "exec"), module.__dict__)
-        printed = capsys.readouterr().out.rstrip("\n")
-        if block.expected is not None:
-            assert printed == block.expected, f"{page.name}:{block.line}"
-    keras.utils.clear_session()
+    pages.run(page, tmp_path)
 
 
 @pytest.mark.oracle
@@ -186,17 +102,13 @@ def extras() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.name not in ("README.md", "api.md")],
+    [page for page in PAGES if page.name != "README.md"],
     ids=lambda p: p.stem,
 )
 def test_a_page_says_which_extra_it_needs(page):
-    text = page.read_text(encoding="utf-8")
     code = "\n".join(block.code for block in blocks_of(page))
     needed = {package for package, sign in NEEDS.items() if re.search(sign, code, re.M)}
-    said = re.search(r"need (no extra|the extras? (`\w+`(?:(?:,| and) `\w+`)*))", text)
-    assert said, f"{page.name} does not say which extra its blocks need"
-    assert said.start() < text.index("```python"), "before the first block"
-    names = re.findall(r"`(\w+)`", said[2] or "")
+    names = extras_of(page)
     brought = set().union(*(extras()[name] for name in names))
     assert needed <= brought, f"{page.name} needs {needed - brought} too"
     assert bool(needed) == bool(names)

@@ -363,9 +363,11 @@ def check_backward(value: Any) -> GradientMethod:
     """Returns `value`, or raises `TypeError` where it is no way to get gradients."""
     if isinstance(value, GradientMethod):
         return value
+    is_class = isinstance(value, type) and issubclass(value, GradientMethod)
+    example = value.__name__ if is_class else "Backpropagation"
     raise TypeError(
         "`backward` must be one of `keras_tapefit.backward`, such as "
-        f"`backward.Backpropagation()`. Received: {value!r} (of type "
+        f"`backward.{example}(...)`. Received: {value!r} (of type "
         f"{type(value).__name__})."
     )
 

@@ -7,3 +7,6 @@ from keras_tapefit.callbacks.gradient_history import GradientHistory as Gradient
 from keras_tapefit.callbacks.gradient_tensorboard import (
     GradientTensorBoard as GradientTensorBoard,
 )
+from keras_tapefit.gradients.public import publish as _publish
+
+_publish(globals())

@@ -83,6 +83,19 @@ class Report:
         lines = [str(finding) for finding in self.findings]
         return "\n".join([self.summary, *(lines or ["Nothing is out of the ordinary."])])
 
+    # What a notebook shows of it.
+    __repr__ = __str__
+
+
+def summary_of(records: Mapping[str, np.ndarray]) -> str:
+    """Returns one line on the records of a training."""
+    if not records or not len(records["step"]):
+        return "No step was recorded."
+    norms = records["gradient_norm"].astype("float64")
+    finite = norms[np.isfinite(norms)]
+    middle = f"median norm {np.median(finite):.3g}" if len(finite) else "no finite norm"
+    return f"{_count(len(norms), 'step')}, {middle}."
+
 
 def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Report:
     """Returns the diagnosis of the records of a training.
@@ -91,12 +104,10 @@ def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
         records: as `GradientHistory.to_numpy()` returns them.
         shapes: of the variables, by path.
     """
+    summary = summary_of(records)
     if not records or not len(records["step"]):
-        return Report("No step was recorded.")
+        return Report(summary)
     norms = records["gradient_norm"].astype("float64")
-    finite = norms[np.isfinite(norms)]
-    middle = f"median norm {np.median(finite):.3g}" if len(finite) else "no finite norm"
-    summary = f"{_count(len(norms), 'step')}, {middle}."
     kernels = _root_mean_squares(records, shapes)
     dead = _dead(records, shapes)
     findings = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_tapefit.callbacks.diagnosis import Report, diagnose
+from keras_tapefit.callbacks.diagnosis import Report, diagnose, summary_of
 from keras_tapefit.callbacks.reader import RecordReader, column_names
 from keras_tapefit.gradients import Targets, matching
 from keras_tapefit.gradients.checks import check_bool
@@ -151,6 +151,9 @@ class GradientHistory(RecordReader):
 
     def __contains__(self, name: object) -> bool:
         return name in self.to_numpy()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {summary_of(self.to_numpy())}>"
 
     def __bool__(self) -> bool:
         return True

@@ -366,6 +366,10 @@ class HookHandle:
         if self.hook in self._hooks:
             self._hooks.remove(self.hook)
 
+    def __repr__(self) -> str:
+        state = "" if self.hook in self._hooks else ", removed"
+        return f"<HookHandle of {self.hook!r}{state}>"
+
     def __enter__(self) -> HookHandle:
         return self
 
@@ -384,6 +388,8 @@ def as_hook(value: Any) -> GradientHook:
     hint = ""
     if isinstance(value, keras.callbacks.Callback):
         hint = " This is a Keras callback: pass it to `fit(callbacks=[...])`."
+    elif hasattr(value, "compute"):
+        hint = " This is a gradient method: pass it to `compile(backward=...)`."
     elif isinstance(value, type):
         hint = f" Did you mean `{value.__name__}(...)`?"
     elif callable(value):
@@ -409,8 +415,13 @@ def check_hooks(value: Any) -> list[GradientHook]:
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raises `TypeError` where a hook is among the callbacks of `fit`."""
+    """Raises `TypeError` where a hook, or a class, is among the callbacks of `fit`."""
     for value in keras.tree.flatten(callbacks):
+        if isinstance(value, type) and issubclass(value, keras.callbacks.Callback):
+            raise TypeError(
+                f"A callback must be an instance. Did you mean `{value.__name__}(...)`? "
+                f"Received: {value!r}."
+            )
         is_class = isinstance(value, type) and issubclass(value, GradientHook)
         if is_class or isinstance(value, GradientHook | HookList):
             raise TypeError(
@@ -467,9 +478,22 @@ def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
     if len(positions) == len(gradients):
         # Not a copy: a norm that one hook asked for is there for the next.
         given = gradients.with_unique_rows()
-        return _checked(hook, given, hook.apply(given))
+        return _applied(hook, given)
     given = gradients._subset(positions).with_unique_rows()
-    return gradients.updated(_checked(hook, given, hook.apply(given)))
+    return gradients.updated(_applied(hook, given))
+
+
+def _applied(hook: GradientHook, given: Gradients) -> Gradients:
+    try:
+        result = hook.apply(given)
+    except ValueError as error:
+        if "only supports singleton tf.Variables" not in str(error):
+            raise
+        raise ValueError(
+            f"The hook {hook.name!r} makes a variable in `apply`, which runs every step. Make "
+            f"it in `build(self, variables)` of {type(hook).__name__}, by `self.add_variable(...)`."
+        ) from error
+    return _checked(hook, given, result)
 
 
 def _is_overwritten(variable: Any) -> bool:

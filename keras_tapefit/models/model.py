@@ -228,8 +228,13 @@ class ConvertedModel:
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         if "converted_model" not in config:
             return cls._source_class.from_config.__func__(cls, config)
-        model = keras.saving.deserialize_keras_object(config["converted_model"], custom_objects)
-        return TapeModel.from_model(model)
+        source = keras.saving.deserialize_keras_object(config["converted_model"], custom_objects)
+        model = TapeModel.from_model(source)
+        if source.compiled:
+            # By its own `__init__`: how it was compiled when it was saved comes later.
+            arguments = keras.saving.deserialize_keras_object(source.get_compile_config())
+            model._compile((), arguments, None, None, 1)
+        return model
 
 
 def _converted(source: keras.Model) -> Any:

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed, Quotient, check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
-from keras_tapefit.hooks import HookHandle, HookList
+from keras_tapefit.hooks import GradientHook, HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_callbacks
 from keras_tapefit.training import (
     building,
@@ -258,7 +258,10 @@ class TapeTrainer:
         rest = bound.arguments
         parameters = bound.signature.parameters
         others = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
-        if "callbacks" not in parameters and others:
+        if "callbacks" not in parameters:
+            if not others:
+                _check_needs_no_epochs(fit, runtime.hooks)
+                return fit(*args, **kwargs)
             rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_ours(rest.get("callbacks"), self, runtime.clock)
         return fit(*bound.args, **bound.kwargs)
@@ -491,6 +494,16 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
         )
     chosen = [candidates[i] for i in matching(targets, candidates)]
     trainable.set_trainable(model, chosen, value)
+
+
+def _check_needs_no_epochs(fit: Any, hooks: HookList) -> None:
+    for hook in hooks:
+        if type(hook).frozen_positions is not GradientHook.frozen_positions:
+            raise TypeError(
+                f"The hook {hook.name!r} needs to know the epoch, which a callback tells, and "
+                f"`{fit.__qualname__}` takes no `callbacks`. Have it take `**kwargs` and pass "
+                "them on, or name its class before `TapeModel` among the bases."
+            )
 
 
 def _with_ours(callbacks: Any, model: Any, clock: Clock) -> Any:

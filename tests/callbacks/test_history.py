@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import keras
 import numpy as np
@@ -23,6 +24,15 @@ def trained():
     model = support.network(gradient_hooks=[hooks.GlobalNormClipping(0.5)])
     support.fit(model, [history])
     return model, history
+
+
+def test_what_a_notebook_shows(trained):
+    _, history = trained
+    shown = rf"<GradientHistory: {support.STEPS_PER_EPOCH} steps, median norm [\d.]+\.>"
+    assert re.fullmatch(shown, repr(history))
+    assert repr(callbacks.GradientHistory()) == "<GradientHistory: No step was recorded.>"
+    report = history.report()
+    assert repr(report) == str(report)
 
 
 class Crash(keras.callbacks.Callback):

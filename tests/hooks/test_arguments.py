@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tapefit import TapeModel, TapeSequential, hooks
+from keras_tapefit import TapeModel, TapeSequential, backward, hooks
 
 RNG = np.random.default_rng(23)
 X, Y = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 2))
@@ -456,6 +456,15 @@ MISTAKES = [
     (lambda m: m.register_gradient_hook(tf.sign), "called with two arguments"),
     (lambda m: m.register_gradient_hook(keras.ops.sign), "called with two arguments"),
     (lambda m: m.gradient_hooks.add(lambda a, b, c: a), "called with two arguments"),
+    (
+        lambda m: m.fit(X, Y, callbacks=[keras.callbacks.TerminateOnNaN]),
+        r"must be an instance. Did you mean `TerminateOnNaN\(...\)`\?",
+    ),
+    (
+        lambda m: m.gradient_hooks.add(backward.SharpnessAware(0.1)),
+        r"gradient method: pass it to `compile\(backward=...\)`",
+    ),
+    (lambda m: m.compile(backward=backward.SharpnessAware), r"`backward.SharpnessAware\(...\)`"),
 ]
 
 
@@ -473,7 +482,16 @@ def test_functions_that_take_two_arguments(model):
     model.train_on_batch(X, Y)
 
 
+class VariableInApply(hooks.GradientHook):
+    def apply(self, gradients):
+        return gradients.scale(tf.Variable(1.0))
+
+
 def test_state_is_made_in_build(model):
+    handle = model.register_gradient_hook(VariableInApply())
+    with pytest.raises(ValueError, match=r"makes a variable in `apply`.* of VariableInApply, by"):
+        model.train_on_batch(X, Y)
+    handle.remove()
     model.gradient_hooks.add(AddsInApply())
     with pytest.raises(RuntimeError, match=r"only in `build`.* into `build\(self, variables\)` of"):
         model.train_on_batch(X, Y)

@@ -307,6 +307,29 @@ def test_what_their_compile_takes_and_leaves_out(order):
     assert mine(keras.Model(*_graph())).loss == "mse"
 
 
+def test_a_fit_that_takes_no_callbacks():
+    """The epoch is told by one: what needs it is refused, all else works."""
+
+    class Theirs(keras.Model):
+        def fit(self, x, y):
+            return super().fit(x, y, epochs=2, verbose=0)
+
+    def trained(*bases, hook=None):
+        support.begin()
+        model = type("Mine", bases, {})(*_graph())
+        options = {} if hook is None else {"gradient_hooks": [hook]}
+        model.compile("sgd", "mse", **options)
+        return model.fit(X, X[:, :1]).history
+
+    assert trained(TapeModel, Theirs) == trained(Theirs)
+    monitored = trained(TapeModel, Theirs, hook=hooks.GradientMonitor())
+    assert len(monitored["gradient_norm"]) == 2
+    with pytest.raises(TypeError, match=r"'freezing' needs to know.*Theirs.fit` takes no"):
+        trained(TapeModel, Theirs, hook=hooks.Freezing("*kernel", epochs=1))
+    frozen = trained(Theirs, TapeModel, hook=hooks.Freezing("*kernel", epochs=1))
+    assert frozen["loss"] != trained(Theirs)["loss"]
+
+
 @pytest.mark.parametrize("order", ["after", "before"])
 def test_a_task_is_saved_and_loaded(order, tmp_path):
     model, _, cls = _trained(TapeModel, "task", order, gradient_hooks=[hooks.GradientMonitor()])

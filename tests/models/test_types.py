@@ -1,9 +1,12 @@
 """What a type checker knows of the library: correct uses pass, mistakes are found."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 USES = Path(__file__).with_name("typed_uses.py")
@@ -35,3 +38,10 @@ def test_all_public_names_are_listed_before_they_are_imported():
     assert done.stdout.split() == ["keras_tapefit.tuning", "keras_tapefit.plots", "TapeModel"], (
         done.stderr
     )
+
+
+@pytest.mark.parametrize("name", ["backward", "callbacks", "hooks", "plots", "tuning"])
+def test_dir_shows_what_is_for_users(name):
+    room = importlib.import_module(f"keras_tapefit.{name}")
+    assert sorted(dir(room)) == sorted(room.__all__)
+    assert all(getattr(room, each).__doc__ for each in room.__all__)

@@ -30,7 +30,7 @@ class Tuner(keras_tuner.RandomSearch):
         open(os.path.join(sys.argv[1], f"began-{self.tuner_id}-{trial.trial_id}"), "w").close()
         time.sleep(float(os.environ.get("PAUSE", 0)))
 
-hypermodel = tuning.TapeHyperModel(build, parts=())
+hypermodel = tuning.TapeHyperModel(build, reuse=True)
 tuner = Tuner(hypermodel, objective="val_loss", max_trials=6, seed=1, directory=sys.argv[1])
 x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 tuner.search(x, x[:, :1], validation_data=(x, x[:, :1]), epochs=2, verbose=0)
