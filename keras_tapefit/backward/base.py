@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import keras
 import tensorflow as tf
 
+from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import Gradients
 
 Batch = tuple[Any, Any, Any]
@@ -84,6 +85,7 @@ class Forward:
         examples: the number of this replica's examples, a scalar float32.
         all_examples: the number of those of all replicas.
         counts: scalar bool, whether there is an example; `None`: there surely is.
+        taps: what layers returned, where somebody asked for it.
     """
 
     quotients: list[Quotient]
@@ -93,6 +95,7 @@ class Forward:
     examples: tf.Tensor
     all_examples: tf.Tensor
     counts: tf.Tensor | None = None
+    taps: Taps | None = None
 
     @property
     def loss(self) -> tf.Tensor:
@@ -106,7 +109,8 @@ class Forward:
             pairs = Gradients(zip(found, variables, strict=True))
             pairs = pairs if self.counts is None else pairs.where(self.counts)
             quotients.append(replace(quotient, gradients=pairs))
-        return Computed(quotients, self.outputs, self.examples, self.all_examples)
+        taps = [] if self.taps is None else [self.taps]
+        return Computed(quotients, self.outputs, self.examples, self.all_examples, taps=taps)
 
 
 @dataclass
@@ -121,6 +125,7 @@ class Computed:
         norms: the norm of the gradient of each part of the batch, of shape
             `[num_parts]`, times the loss scale; `None`: the batch was not divided.
         sizes: the number of examples in each part.
+        taps: what layers returned in each part, where somebody asked for it.
     """
 
     quotients: list[Quotient]
@@ -129,6 +134,7 @@ class Computed:
     all_examples: tf.Tensor
     norms: tf.Tensor | None = None
     sizes: tf.Tensor | None = None
+    taps: list[Taps] = field(default_factory=list)
 
     @property
     def loss(self) -> tf.Tensor | None:
@@ -270,10 +276,12 @@ class GradientMethod:
     """Base class of the ways to get gradients: `compile(backward=...)`.
 
     Subclasses implement `compute`. Where the gradient of a batch is not the mean of
-    those of its parts, a subclass says `takes_parts = False`.
+    those of its parts, a subclass says `takes_parts = False`; where the gradients at layer
+    outputs are not those of the batch, `has_outputs = False`.
     """
 
     takes_parts: ClassVar[bool] = True
+    has_outputs: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 
     def __new__(cls: type[Method], *args: Any, **kwargs: Any) -> Method:

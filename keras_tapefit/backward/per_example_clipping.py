@@ -81,6 +81,7 @@ class PerExampleClipping(GradientMethod):
     """
 
     takes_parts: ClassVar[bool] = False
+    has_outputs: ClassVar[bool] = False
     max_norm = LiveNumber(above=0)
     noise_multiplier = LiveNumber(minimum=0)
 

@@ -14,7 +14,7 @@ from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.function import LambdaHook
-from keras_tapefit.hooks.step import Step, running
+from keras_tapefit.hooks.step import Outputs, Step, running
 
 
 class HookList(MutableSequence[GradientHook]):
@@ -327,6 +327,23 @@ class HookList(MutableSequence[GradientHook]):
                 if hook.watches_validation:
                     step.hook = hook
                     hook.on_validation(gradients._subset(_positions(hook, gradients.variables)))
+
+    @property
+    def of_outputs(self) -> list[GradientHook]:
+        """The hooks that look at what layers return."""
+        return [hook for hook in self._hooks if hook._watches_outputs]
+
+    def see_outputs(self, outputs: Outputs, step: Step) -> None:
+        """Shows what layers returned to the hooks that look at it.
+
+        Args:
+            outputs: of all parts of the batch.
+            step: takes up what the hooks report.
+        """
+        with running(step):
+            for hook in self.of_outputs:
+                step.hook = hook
+                hook._see_outputs(outputs)
 
     def watch_update(self, variables: Sequence[Any], step: Step) -> Callable[[], None]:
         """Puts weights aside for the hooks that look at the update.

@@ -84,6 +84,8 @@ class Step:
             self._put_aside(self.runtime.state.undone_variables(self._everything))
         self.updated = True
         self._loss = computed.loss
+        if computed.taps:
+            self._entries_of_step.extend(self.runtime.see_outputs(computed))
         with undoing_updates(bool(self.runtime.model.jit_compile)):
             outcome = self._outcome(computed, optimizer, scaled)
         self._entries_of_step.extend(outcome.entries)
@@ -157,7 +159,7 @@ class Step:
                 taken = {"loss", *(logs if isinstance(logs, dict) else ())} - own
                 log(runtime.entries, self._entries_of_step, accepted, self._rejects, taken)
             if self._record is not None:
-                self._record.write(self._loss)
+                self._record.write(self._loss, self._entries_of_step)
         runtime.count_step(accepted)
         if not isinstance(logs, dict):
             return logs
