@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
@@ -228,13 +229,12 @@ def _checked(watcher: Any, tap: Tap, gradient: tf.Tensor, result: Any) -> tf.Ten
             f"The hook {watcher.name!r} must return a tensor, or None, for {where}. Received: "
             "a variable, such as `variable.assign(...)` gives. Assign it in a line of its own."
         )
-    try:
-        result = tf.cast(keras.ops.convert_to_tensor(result), gradient.dtype)
-    except (TypeError, ValueError) as error:
+    if not (tf.is_tensor(result) or isinstance(result, np.ndarray | int | float)):
         raise TypeError(
             f"The hook {watcher.name!r} must return a tensor, or None, for {where}. "
             f"Received: {result!r} (of type {type(result).__name__})."
-        ) from error
+        )
+    result = tf.cast(tf.convert_to_tensor(result), gradient.dtype)
     if not result.shape.is_compatible_with(gradient.shape):
         raise ValueError(
             f"The hook {watcher.name!r} must return {where} in its shape "

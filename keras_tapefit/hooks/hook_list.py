@@ -14,6 +14,7 @@ from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.function import LambdaHook
+from keras_tapefit.hooks.outputs import OutputHook
 from keras_tapefit.hooks.step import Outputs, Step, running
 
 
@@ -98,6 +99,11 @@ class HookList(MutableSequence[GradientHook]):
             )
         if name is not None and not (isinstance(name, str) and name):
             raise TypeError(f"`name` must be a string. Received: name={name!r}.")
+        if targets is not None and isinstance(hook, OutputHook):
+            raise TypeError(
+                f"The hook {hook.name!r} is for layers and takes no `targets`. Pass `layers` to "
+                f"{type(hook).__name__} instead. Received: targets={targets!r}."
+            )
         _check_is_free(hook)
         if variables:
             matching(hook.targets if targets is None else targets, variables)

@@ -44,6 +44,8 @@ HOOKS = {
     "GradientMonitor": lambda: hooks.GradientMonitor(True, True, targets="a/*", name="x"),
     "UpdateMonitor": lambda: hooks.UpdateMonitor(True, targets="a/*", name="x"),
     "NoiseScale": lambda: hooks.NoiseScale(0.5, name="x"),
+    "OutputGradient": lambda: hooks.OutputGradient(halve, "a", name="x"),
+    "OutputMonitor": lambda: hooks.OutputMonitor(["a", "b"], name="x"),
     "LambdaHook": lambda: LambdaHook(halve, targets="a/*", name="x"),
 }
 
