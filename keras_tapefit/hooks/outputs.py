@@ -49,7 +49,7 @@ class OutputHook(GradientHook):
 
     def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
         if self.layers is None:
-            return [(p, layer) for p, layer in layers if not isinstance(layer, keras.Model)]
+            return [(path, layer) for path, layer in layers if _is_plain_layer(layer)]
         chosen: dict[int, NamedLayer] = {}
         for wanted in _as_list(self.layers):
             found = [(p, layer) for p, layer in layers if _is_meant(wanted, p, layer)]
@@ -84,6 +84,10 @@ def _as_list(layers: Any) -> list[Any]:
     if layers is None:
         return []
     return list(layers) if isinstance(layers, list | tuple) else [layers]
+
+
+def _is_plain_layer(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model)
 
 
 def _is_meant(wanted: Any, path: str, layer: Any) -> bool:

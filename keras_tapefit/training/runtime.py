@@ -74,6 +74,7 @@ class Runtime:
         self._window_steps: dict[int, int] = {}
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
+        self._onlooker: Any = None
         self._functions: dict[Any, Callable[[], Any]] = {}
 
     @property
@@ -103,6 +104,9 @@ class Runtime:
 
     def gradient_method(self) -> GradientMethod:
         """Returns how the gradients of a batch are computed."""
+        if self._onlooker is not None:
+            # Of one batch in hand the plain gradient is what is looked at.
+            return Backpropagation()
         if not self.backward.has_outputs and self.hooks.of_outputs:
             raise ValueError(
                 f"The hook {self.hooks.of_outputs[0].name!r} looks at gradients of layer "
@@ -119,14 +123,25 @@ class Runtime:
         Args:
             replaces: for a pass in which gradients may be replaced, and nobody looks.
         """
-        asking = self.hooks.of_outputs
+        asking: list[Any] = list(self.hooks.of_outputs)
         if replaces:
             asking = [hook for hook in asking if hook._replaces_outputs]
+        elif self._onlooker is not None:
+            asking.append(self._onlooker)
         if not asking:
             return None
         taps = Taps(asking, named_layers(self.model), replaces)
         taps.scale = optimizers.loss_scale(self.optimizer)
         return taps
+
+    @contextlib.contextmanager
+    def watched_by(self, onlooker: Any) -> Iterator[None]:
+        """Has somebody else than hooks look at what layers return, in this context."""
+        self._onlooker = onlooker
+        try:
+            yield
+        finally:
+            self._onlooker = None
 
     def see_outputs(self, computed: Computed) -> list[LogEntry]:
         """Shows hooks what layers returned in a step; returns what they report."""

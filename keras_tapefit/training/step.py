@@ -174,6 +174,7 @@ class CustomStep(Step):
         data: the batch; `None` in a loop by hand, where it is not known.
 
     Attributes:
+        data: the batch, or `None`.
         used_tape: whether `gradient_tape` was called.
         used_method: whether the built-in step was, as `super().train_step(data)`.
         loss: the last one that was minimized, this replica's.
@@ -185,7 +186,7 @@ class CustomStep(Step):
 
     def __init__(self, runtime: Runtime, data: Any = None) -> None:
         super().__init__(runtime, everything=True)
-        self._data = data
+        self.data = data
         self.used_tape = False
         self.used_method = False
         self.loss: Any = None
@@ -202,14 +203,14 @@ class CustomStep(Step):
     @functools.cached_property
     def examples(self) -> tf.Tensor:
         """The number of examples in this replica's batch; 1 where it is not known."""
-        return losses.batch_shape(self._data)
+        return losses.batch_shape(self.data)
 
     @property
     def may_be_empty(self) -> bool:
         """Whether this replica may have no example."""
-        if self._data is None or replicas.count() == 1:
+        if self.data is None or replicas.count() == 1:
             return False
-        return keras_trainer.may_be_empty(self._data)
+        return keras_trainer.may_be_empty(self.data)
 
 
 class _Open(threading.local):

@@ -117,6 +117,7 @@ class StepTape(tf.GradientTape):
             # What the same tape gave before is another update's.
             each.forget()
             each.scale, each.loss = optimizers.loss_scale(optimizer), loss
+            each.inputs = step.data
         seed = optimizer.scale_loss(tf.ones_like(loss) * tf.cast(share, loss.dtype))
         found = self.gradient(loss, variables, output_gradients=seed)
         gradients = Gradients(zip(found, variables, strict=True))
