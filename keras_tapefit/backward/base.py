@@ -6,7 +6,8 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -126,6 +127,8 @@ class Computed:
             `[num_parts]`, times the loss scale; `None`: the batch was not divided.
         sizes: the number of examples in each part.
         taps: what layers returned in each part, where somebody asked for it.
+        logged: what the method logs: by name the mean of all replicas, and for how many
+            examples it counts.
     """
 
     quotients: list[Quotient]
@@ -135,6 +138,7 @@ class Computed:
     norms: tf.Tensor | None = None
     sizes: tf.Tensor | None = None
     taps: list[Taps] = field(default_factory=list)
+    logged: dict[str, tuple[tf.Tensor, tf.Tensor]] = field(default_factory=dict)
 
     @property
     def loss(self) -> tf.Tensor | None:
@@ -187,6 +191,24 @@ class Objective(Protocol):
 
     def forward(self, batch: Batch) -> Forward:
         """Runs the forward pass, in training mode, and the loss."""
+
+    def by_example(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Forward, tf.Tensor | None, str | None]:
+        """Runs the forward pass, in training mode, and the loss of each example.
+
+        Args:
+            batch: `(x, y, sample_weight)`.
+            around: makes a context for the call of the model.
+
+        Returns:
+            What `forward` gives; the loss of each example as that of a batch of one, of
+            shape `[batch]`, without loss scale and regularization; and, where that is
+            `None`, why it is not known.
+        """
+
+    def regularization(self) -> list[Any]:
+        """Returns the gradient of the weights' regularization, by `variables()`."""
 
     def tasks(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Forward]:
         """Runs the forward pass, in training mode, and each loss separately.

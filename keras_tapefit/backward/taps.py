@@ -77,7 +77,40 @@ class Tap:
         return tf.add_n(found) if found else None
 
 
-class Taps:
+class Opened:
+    """Base class of what looks at the calls of layers, in one thread, while it is open."""
+
+    def __init__(self) -> None:
+        self._place: Any = None
+        self._recording = False
+
+    @contextlib.contextmanager
+    def opened(self, layers: Sequence[Any]) -> Iterator[None]:
+        """Has calls of these layers, in this context and thread, go through `run`."""
+        self._place, self._recording = _place(), could_possibly_record()
+        before, _open.taps = _open.taps, [*_open.taps, self]
+        try:
+            with _wrapped(layers):
+                yield
+        finally:
+            _open.taps = before
+
+    def run(self, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a call of a layer and returns what it hands on."""
+        raise NotImplementedError
+
+    def why_not(self) -> str | None:
+        """Returns what a layer runs inside of now, so that it cannot be looked at."""
+        if _place() is not self._place:
+            return "a loop, a branch or a function of its own"
+        if _remat.depth:
+            return "`RematScope`, which computes it twice"
+        if self._recording and not could_possibly_record():
+            return "a function with a gradient of its own, such as `keras.remat`"
+        return None
+
+
+class Taps(Opened):
     """The taps of one forward pass.
 
     Args:
@@ -101,6 +134,7 @@ class Taps:
         layers: Sequence[NamedLayer],
         replaces: bool = False,
     ) -> None:
+        super().__init__()
         self._chosen: dict[int, tuple[str, Any, list[Watcher]]] = {}
         self._named: set[int] = set()
         for watcher in watchers:
@@ -111,8 +145,6 @@ class Taps:
         self._replaces = replaces
         self._calls: dict[int, int] = {}
         self._left_out: set[int] = set()
-        self._place: Any = None
-        self._recording = False
         self._is_open = False
         self.taps: list[Tap] = []
         self.returning: list[Tap] = []
@@ -122,18 +154,17 @@ class Taps:
         self.loss: Any = None
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Taps]:
+    def tapping(self) -> Iterator[Taps]:
         """Taps what layers return in this context, in this thread."""
-        layers = [layer for _, layer, _ in self._chosen.values()]
-        self._place, self._recording = _place(), could_possibly_record()
-        before, _open.taps = _open.taps, [*_open.taps, self]
         self._is_open = True
         try:
-            with _wrapped(layers):
+            with self.opened([layer for _, layer, _ in self._chosen.values()]):
                 yield self
         finally:
-            _open.taps = before
             self._is_open = False
+
+    def run(self, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return self._taken(layer, args, kwargs, call(*args, **kwargs))
 
     def forget(self) -> None:
         """Forgets the gradients that came back so far."""
@@ -141,13 +172,13 @@ class Taps:
         for tap in self.taps:
             tap.gradients.clear()
 
-    def take(self, layer: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
+    def _taken(self, layer: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
         """Returns what a layer's call hands on."""
         chosen = id(layer) in self._chosen and id(layer) not in self._left_out
         if not chosen or in_symbolic_scope():
             return outputs
         path, _, watchers = self._chosen[id(layer)]
-        reason = self._why_not(layer)
+        reason = self.why_not()
         if reason is not None:
             if id(layer) in self._named:
                 raise ValueError(
@@ -174,15 +205,6 @@ class Taps:
             return tap.passed_on
 
         return keras.tree.map_structure(tapped, outputs)
-
-    def _why_not(self, layer: Any) -> str | None:
-        if _place() is not self._place:
-            return "a loop, a branch or a function of its own"
-        if _remat.depth or layer._remat_mode is not None:
-            return "`RematScope`, which computes it twice"
-        if self._recording and not could_possibly_record():
-            return "a function with a gradient of its own, such as `keras.remat`"
-        return None
 
     def _watched(self, tap: Tap, watchers: Sequence[Watcher]) -> tf.Tensor:
         @tf.custom_gradient
@@ -244,7 +266,7 @@ def _checked(watcher: Any, tap: Tap, gradient: tf.Tensor, result: Any) -> tf.Ten
 
 
 class _Open(threading.local):
-    taps: list[Taps] = []  # noqa: RUF012
+    taps: list[Opened] = []  # noqa: RUF012
 
 
 class _Remat(threading.local):
@@ -299,18 +321,22 @@ def _unwrap(layer: Any) -> None:
             layer.__dict__["call"] = entry[1]
 
 
+def _through(opened: Opened, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: opened.run(layer, call, args, kwargs)
+
+
 def _looking(layer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         # Layers inside of one that is computed again are too.
         again = layer._remat_mode is not None
         _remat.depth += again
+        run = original
+        for each in _open.taps:
+            run = _through(each, layer, run)
         try:
-            outputs = original(*args, **kwargs)
+            return run(*args, **kwargs)
         finally:
             _remat.depth -= again
-        for taps in _open.taps:
-            outputs = taps.take(layer, args, kwargs, outputs)
-        return outputs
 
     return call

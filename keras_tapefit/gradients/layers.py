@@ -29,6 +29,11 @@ def has_trainable_weights(layer: Any) -> bool:
     return any(part._trainable_variables for part in layers_of(layer))
 
 
+def own_weights(layer: Any) -> list[Any]:
+    """Returns the weights that a layer holds itself, those that are frozen too."""
+    return list(layer._trainable_variables)
+
+
 def named_layers(model: Any) -> list[NamedLayer]:
     """Returns the layers in a model, each with its path: names from the outside in.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -45,10 +46,41 @@ class ModelObjective:
             return tf.GradientTape(persistent=persistent)
         return _TapeOf([v.value for v in variables], persistent)
 
+    def by_example(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Forward, tf.Tensor | None, str | None]:
+        model = self._model
+        compiled = model._compile_loss
+        if compiled is not None and not compiled.built:
+            losses.build(model, batch)
+        with losses.hearing(model) as heard:
+            forward = self._forward(batch, around)
+        if len(model.losses) > len(self._regularized()):
+            return forward, None, "there is a loss that a layer adds"
+        return forward, *losses.of_examples(model, heard)
+
+    def regularization(self) -> list[Any]:
+        regularized = {id(v) for v in self._regularized()}
+        if not regularized:
+            return [None] * len(self.variables())
+        sources = [v.value for v in self.variables()]
+        with _TapeOf(sources) as tape, losses.undivided():
+            total = tf.add_n(losses.additional(self._model))
+        return tape.gradient(total, sources)
+
+    def _regularized(self) -> list[Any]:
+        return [v for v in self.variables() if getattr(v, "regularizer", None) is not None]
+
     def forward(self, batch: Batch) -> Forward:
+        return self._forward(batch, contextlib.nullcontext)
+
+    def _forward(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
+    ) -> Forward:
         examples, counts = self._examples(batch)
         with self._undone_unless(counts), losses.undivided(), self._tapped() as taps:
-            y_pred = keras_trainer.forward(self._model, batch[0], self._training)
+            with around():
+                y_pred = keras_trainer.forward(self._model, batch[0], self._training)
             found = self._quotients(batch, y_pred, examples)
         self._check_taps(taps, found)
         shares, all_examples = self._shares(found, examples)
@@ -104,7 +136,7 @@ class ModelObjective:
     def _tapped(self, replaces: bool = False) -> Any:
         """Opens the taps that hooks ask for, if any do; see `Runtime.taps`."""
         taps = self._runtime.taps(replaces) if self._training else None
-        return contextlib.nullcontext() if taps is None else taps.opened()
+        return contextlib.nullcontext() if taps is None else taps.tapping()
 
     def _check_taps(self, taps: Taps | None, quotients: Sequence[Quotient]) -> None:
         if taps is not None and self._apart and len(quotients) > 1:

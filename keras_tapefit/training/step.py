@@ -84,6 +84,8 @@ class Step:
             self._put_aside(self.runtime.state.undone_variables(self._everything))
         self.updated = True
         self._loss = computed.loss
+        for name, (value, weight) in computed.logged.items():
+            self.report(LogEntry(self.runtime.model, name, value, "mean", weight))
         if computed.taps:
             self._entries_of_step.extend(self.runtime.see_outputs(computed))
         with undoing_updates(bool(self.runtime.model.jit_compile)):

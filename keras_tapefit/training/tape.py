@@ -50,7 +50,7 @@ class StepTape(tf.GradientTape):
         self._noticing.__enter__()
         self._undivided.__enter__()
         self._taps = self._runtime.taps()
-        self._tapping = contextlib.nullcontext() if self._taps is None else self._taps.opened()
+        self._tapping = contextlib.nullcontext() if self._taps is None else self._taps.tapping()
         super().__enter__()
         # Within the tape, whose recording they look for.
         self._tapping.__enter__()

@@ -82,7 +82,7 @@ def test_gradients_at_outputs_are_those_of_a_plain_tape(name):
     assert no_wrapper_is_left(model)
     # A pass of our own, with taps of our own, on a tape that watches what they hand on.
     taps = Taps([hook], named_layers(model))
-    with tf.GradientTape() as tape, taps.opened():
+    with tf.GradientTape() as tape, taps.tapping():
         loss = tf.reduce_mean(tf.square(model(X, training=True) - Y))
     expected = tape.gradient(loss, [tap.passed_on for tap in taps.taps])
     assert len(hook.seen) == len(expected) >= 3
