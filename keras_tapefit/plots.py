@@ -40,7 +40,9 @@ _UNKNOWN = "frozen or not finite"
 _NOTE = {"va": "center", "fontsize": 8}
 
 
-def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any:
+def gradient_flow(
+    records: Any, title: str | None = None, ax: Any = None, of: str = "weights"
+) -> Any:
     """Draws how large the gradients of each layer are: median and largest over the steps.
 
     Layers are listed from the first, at the top, to the last. Bars that shrink from one
@@ -51,6 +53,8 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
         records: of a training, with norms of each variable.
         title: a line above the figure.
         ax: matplotlib axes to draw on; `None`: those of a new figure.
+        of: `"weights"`, or `"outputs"`: the gradients at layer outputs, of a training with
+            `hooks.OutputMonitor()`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -58,7 +62,7 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
     Raises:
         ImportError: when matplotlib is not installed.
         TypeError: when `ax` is something else than axes.
-        ValueError: when the records hold no norms of variables.
+        ValueError: when the records hold no norms of these, or `of` is something else.
 
     Example:
 
@@ -66,7 +70,10 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
     plots.gradient_flow(history).savefig("gradient_flow.png")
     ```
     """
-    layers = _layer_norms(_arrays(records))
+    if of not in ("weights", "outputs"):
+        raise ValueError(f"`of` must be 'weights' or 'outputs'. Received: of={of!r}.")
+    arrays = _arrays(records)
+    layers = _layer_norms(arrays) if of == "weights" else _output_norms(arrays)
     names = list(layers)
     finite = [values[np.isfinite(values)] for values in layers.values()]
     medians = np.array([np.median(values) if len(values) else 0.0 for values in finite])
@@ -90,7 +97,7 @@ def gradient_flow(records: Any, title: str | None = None, ax: Any = None) -> Any
     _name_rows(axes, names)
     _plain_ticks(axes.xaxis)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("gradient norm")
+    axes.set_xlabel("gradient norm" if of == "weights" else "gradient norm at the output")
     axes.set_ylabel("layer, first to last")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
@@ -376,6 +383,22 @@ def _runs(flags: np.ndarray, steps: np.ndarray) -> list[tuple[float, float]]:
 def _positive(values: np.ndarray) -> np.ndarray:
     # A logarithm has no place for 0.
     return np.where(values > 0, values, np.nan)
+
+
+def _output_norms(records: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Returns the norm of the gradient at each layer's output, one value a step."""
+    mark = "_gradient_norm/"
+    found = {
+        name.partition(mark)[2]: values.astype("float64")
+        for name, values in records.items()
+        if mark in name.partition("/")[0] + "/"
+    }
+    if not found:
+        raise ValueError(
+            "The records hold no gradients at layer outputs. Train with `hooks.OutputMonitor()` "
+            "among the model's `gradient_hooks`."
+        )
+    return found
 
 
 def _layer_norms(records: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

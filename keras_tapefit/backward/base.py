@@ -6,13 +6,15 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
 import tensorflow as tf
 
+from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import Gradients
 
 Batch = tuple[Any, Any, Any]
@@ -84,6 +86,7 @@ class Forward:
         examples: the number of this replica's examples, a scalar float32.
         all_examples: the number of those of all replicas.
         counts: scalar bool, whether there is an example; `None`: there surely is.
+        taps: what layers returned, where somebody asked for it.
     """
 
     quotients: list[Quotient]
@@ -93,6 +96,7 @@ class Forward:
     examples: tf.Tensor
     all_examples: tf.Tensor
     counts: tf.Tensor | None = None
+    taps: Taps | None = None
 
     @property
     def loss(self) -> tf.Tensor:
@@ -106,7 +110,8 @@ class Forward:
             pairs = Gradients(zip(found, variables, strict=True))
             pairs = pairs if self.counts is None else pairs.where(self.counts)
             quotients.append(replace(quotient, gradients=pairs))
-        return Computed(quotients, self.outputs, self.examples, self.all_examples)
+        taps = [] if self.taps is None else [self.taps]
+        return Computed(quotients, self.outputs, self.examples, self.all_examples, taps=taps)
 
 
 @dataclass
@@ -121,6 +126,9 @@ class Computed:
         norms: the norm of the gradient of each part of the batch, of shape
             `[num_parts]`, times the loss scale; `None`: the batch was not divided.
         sizes: the number of examples in each part.
+        taps: what layers returned in each part, where somebody asked for it.
+        logged: what the method logs: by name the mean of all replicas, and for how many
+            examples it counts.
     """
 
     quotients: list[Quotient]
@@ -129,6 +137,8 @@ class Computed:
     all_examples: tf.Tensor
     norms: tf.Tensor | None = None
     sizes: tf.Tensor | None = None
+    taps: list[Taps] = field(default_factory=list)
+    logged: dict[str, tuple[tf.Tensor, tf.Tensor]] = field(default_factory=dict)
 
     @property
     def loss(self) -> tf.Tensor | None:
@@ -181,6 +191,24 @@ class Objective(Protocol):
 
     def forward(self, batch: Batch) -> Forward:
         """Runs the forward pass, in training mode, and the loss."""
+
+    def by_example(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Forward, tf.Tensor | None, str | None]:
+        """Runs the forward pass, in training mode, and the loss of each example.
+
+        Args:
+            batch: `(x, y, sample_weight)`.
+            around: makes a context for the call of the model.
+
+        Returns:
+            What `forward` gives; the loss of each example as that of a batch of one, of
+            shape `[batch]`, without loss scale and regularization; and, where that is
+            `None`, why it is not known.
+        """
+
+    def regularization(self) -> list[Any]:
+        """Returns the gradient of the weights' regularization, by `variables()`."""
 
     def tasks(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Forward]:
         """Runs the forward pass, in training mode, and each loss separately.
@@ -270,10 +298,12 @@ class GradientMethod:
     """Base class of the ways to get gradients: `compile(backward=...)`.
 
     Subclasses implement `compute`. Where the gradient of a batch is not the mean of
-    those of its parts, a subclass sets `takes_parts = False`.
+    those of its parts, a subclass sets `takes_parts = False`; where the gradients at layer
+    outputs are not those of the batch, `has_outputs = False`.
     """
 
     takes_parts: ClassVar[bool] = True
+    has_outputs: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 
     def __new__(cls: type[Method], *args: Any, **kwargs: Any) -> Method:

@@ -14,6 +14,7 @@ from keras_tapefit.backward.base import (
     Objective,
     Quotient,
 )
+from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.sparse import values_of
 
@@ -75,7 +76,8 @@ class MicroBatches(GradientMethod):
             norms = tf.stack([_norm(part) for part in parts])
         examples = tf.reduce_sum(sizes)
         all_examples = tf.add_n([part.all_examples for part in parts])
-        return Computed(quotients, outputs, examples, all_examples, norms, sizes)
+        taps = _taps(parts, quotients[0].divisor)
+        return Computed(quotients, outputs, examples, all_examples, norms, sizes, taps)
 
 
 def _weighted(quotient: Quotient) -> Gradients:
@@ -88,6 +90,16 @@ def _norm(part: Computed) -> tf.Tensor:
     """Returns the norm of the gradient of this replica's part, as if it were alone."""
     norm = tf.cast(part.gradients.global_norm(), tf.float32)
     return norm * tf.math.divide_no_nan(part.all_examples, part.examples)
+
+
+def _taps(parts: list[Computed], divisor: tf.Tensor | None) -> list[Taps]:
+    """Returns the taps of all parts, with what each part's loss counts for."""
+    for part in parts:
+        for taps in part.taps:
+            own = part.quotients[0].divisor
+            if divisor is not None and own is not None:
+                taps.share = tf.math.divide_no_nan(own, divisor)
+    return [taps for part in parts for taps in part.taps]
 
 
 def _joined(*values: Any) -> Any:

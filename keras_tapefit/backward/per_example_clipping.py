@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -19,11 +20,19 @@ from keras_tapefit.backward.base import (
     Objective,
     register,
 )
+from keras_tapefit.backward.weight_calls import Flat, WeightCalls, check_calls
+from keras_tapefit.backward.weight_gradients import (
+    NotUnderstood,
+    WeightGradient,
+    is_understood,
+    of_layer,
+)
 from keras_tapefit.gradients import draws
 from keras_tapefit.gradients.checks import check_count, check_integer
 from keras_tapefit.gradients.norms import rows_norm, wide
 from keras_tapefit.gradients.sparse import to_dense
 
+_logger = logging.getLogger("keras_tapefit")
 _MIXING = (keras.layers.BatchNormalization, keras.layers.MixUp, keras.layers.CutMix)
 
 
@@ -81,6 +90,7 @@ class PerExampleClipping(GradientMethod):
     """
 
     takes_parts: ClassVar[bool] = False
+    has_outputs: ClassVar[bool] = False
     max_norm = LiveNumber(above=0)
     noise_multiplier = LiveNumber(minimum=0)
 
@@ -103,18 +113,32 @@ class PerExampleClipping(GradientMethod):
         self.expected_batch_size = expected_batch_size
         self.chunk_size = chunk_size
         self.seed = seed
+        self.fell_back: str | None = None
         self._drawn = random.SystemRandom().getrandbits(62) if seed is None else seed
 
     def compute(self, objective: Objective, batch: Batch) -> Computed:
-        _refuse(objective.layers())
+        layers = objective.layers()
+        _refuse(layers)
+        # Refuses what has no examples one by one.
+        _values(batch)
         state = objective.state()
-        forward = objective.forward(batch)
+        calls = WeightCalls([layer for layer in layers if is_understood(layer)])
+        with calls.tape:
+            forward, losses, reason = objective.by_example(batch, calls.watching)
         variables = objective.variables()
         size = objective.batch_size(batch)
-        sums, overflow = self._clipped_sums(objective, batch, state, size)
-        lot = self.expected_batch_size
-        if lot is None:
-            lot = objective.sum_over_replicas(tf.cast(size, tf.float32))
+        try:
+            if losses is None:
+                raise NotUnderstood(reason)
+            check_calls(calls, layers, variables)
+            sums, overflow, clipped = self._from_calls(objective, calls, layers, losses)
+            self.fell_back = None
+        except NotUnderstood as error:
+            self._say(str(error))
+            with Flat([v for v in layers if isinstance(v, keras.layers.Dense)]).flattening():
+                sums, overflow, clipped = self._clipped_sums(objective, batch, state, size)
+        examples = objective.sum_over_replicas(tf.cast(size, tf.float32))
+        lot = examples if self.expected_batch_size is None else self.expected_batch_size
         scale, _ = objective.loss_scale()
         factor = (1.0 if scale is None else tf.cast(scale, tf.float32)) / tf.cast(lot, tf.float32)
         noise = self._noise(objective, variables)
@@ -128,13 +152,80 @@ class PerExampleClipping(GradientMethod):
             )
 
         values = [finished(*row) for row in zip(sums, noise, variables, strict=True)]
-        return forward.computed([values], variables)
+        computed = forward.computed([values], variables)
+        share = tf.math.divide_no_nan(objective.sum_over_replicas(clipped), examples)
+        computed.logged["clipped_examples"] = share, examples
+        return computed
+
+    def _say(self, reason: str) -> None:
+        if reason != self.fell_back:
+            _logger.warning(
+                "PerExampleClipping takes the gradient of each example apart, which is slow: %s.",
+                reason,
+            )
+        self.fell_back = reason
+
+    def _from_calls(
+        self, objective: Objective, calls: WeightCalls, layers: list[Any], losses: tf.Tensor
+    ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """Returns what `_clipped_sums` does, from layer inputs and output gradients."""
+        variables = objective.variables()
+        scale, _ = objective.loss_scale()
+        with calls.tape:
+            scaled = _times(losses, scale)
+            total = tf.reduce_sum(scaled)
+        known = {id(layer): layer for layer in layers}
+        wanted = {id(v) for v in variables}
+        found: dict[int, WeightGradient] = {
+            id(variable): gradient
+            for key, pairs in calls.gradients(total).items()
+            for variable, gradient in of_layer(known[key], pairs)
+            if id(variable) in wanted
+        }
+        # The same for all examples.
+        constant = [
+            g if g is None else _times(wide(to_dense(g)), scale) for g in objective.regularization()
+        ]
+        rows = [(found.get(id(v)), c) for v, c in zip(variables, constant, strict=True)]
+        norms = _norms(rows, tf.zeros_like(losses, tf.float64))
+        counted = tf.ones_like(norms, tf.bool)
+        shares, kept, overflow, clipped = self._shares(objective, scaled, norms, counted)
+
+        def summed(gradient: WeightGradient | None, other: Any) -> Any:
+            whole = None if gradient is None else gradient.total(shares, kept)
+            if other is None:
+                return whole
+            rest = tf.cast(tf.reduce_sum(shares), other.dtype) * other
+            return rest if whole is None else whole + tf.cast(rest, whole.dtype)
+
+        return [summed(*row) for row in rows], overflow, clipped
+
+    def _shares(
+        self, objective: Objective, losses: tf.Tensor, norms: tf.Tensor, counted: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns what each gradient counts for, which ones count, whether one overflowed
+        for the loss scale alone, and how many are clipped."""
+        scale, is_dynamic = objective.loss_scale()
+        dtype = norms.dtype
+        factor = tf.cast(1.0 if scale is None else 1.0 / tf.cast(scale, tf.float32), dtype)
+        norms *= factor
+        max_norm = tf.cast(LiveNumber.of(self, "max_norm"), dtype)
+        finite = tf.math.is_finite(norms)
+        kept = finite & counted
+        shares = tf.where(kept, max_norm / tf.maximum(norms, max_norm), tf.zeros((), dtype))
+        overflow = tf.constant(False)
+        if is_dynamic and scale is not None:
+            # Where the loss is a number the fault is the scale's, while there is one.
+            lost = counted & ~finite & tf.math.is_finite(losses)
+            overflow = tf.reduce_any(lost) & (scale > 1.0)
+        clipped = tf.reduce_sum(tf.cast(kept & (norms > max_norm), tf.float32))
+        return shares * factor, kept, overflow, clipped
 
     def _clipped_sums(
         self, objective: Objective, batch: Batch, state: Any, size: Any
-    ) -> tuple[list[Any], tf.Tensor]:
-        """Returns the sum of the clipped gradients, by variable, and whether one of them
-        overflowed for the loss scale alone."""
+    ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """Returns the sum of the clipped gradients, by variable, whether one of them
+        overflowed for the loss scale alone, and how many were clipped."""
         missing: list[bool] = []
 
         def one(inputs: Any) -> Any:
@@ -150,26 +241,18 @@ class PerExampleClipping(GradientMethod):
             return self._sums(objective, losses, gradients, counted)
 
         if self.chunk_size is None or (isinstance(size, int) and size <= self.chunk_size):
-            sums, overflow = chunk(tf.range(size), tf.fill([size], True))
+            sums, overflow, clipped = chunk(tf.range(size), tf.fill([size], True))
         else:
-            sums, overflow = _over_chunks(chunk, size, self.chunk_size)
+            sums, overflow, clipped = _over_chunks(chunk, size, self.chunk_size)
         left = iter(sums)
-        return [None if gone else next(left) for gone in missing], overflow
+        return [None if gone else next(left) for gone in missing], overflow, clipped
 
     def _sums(
         self, objective: Objective, losses: tf.Tensor, gradients: list[tf.Tensor], counted: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        scale, is_dynamic = objective.loss_scale()
-        factor = 1.0 if scale is None else 1.0 / tf.cast(scale, tf.float32)
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         gradients = [wide(g) for g in gradients]
         norms = rows_norm([tf.reshape(g, [tf.shape(g)[0], -1]) for g in gradients])
-        dtype = norms.dtype
-        norms *= tf.cast(factor, dtype)
-        max_norm = tf.cast(LiveNumber.of(self, "max_norm"), dtype)
-        finite = tf.math.is_finite(norms)
-        kept = finite & counted
-        shares = tf.where(kept, max_norm / tf.maximum(norms, max_norm), 0.0)
-        shares *= tf.cast(factor, dtype)
+        shares, kept, overflow, clipped = self._shares(objective, losses, norms, counted)
 
         def total(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
             return [tf.tensordot(tf.cast(shares, g.dtype), g, 1) for g in gradients]
@@ -179,48 +262,72 @@ class PerExampleClipping(GradientMethod):
             rows = [tf.reshape(kept, [-1] + [1] * (g.shape.rank - 1)) for g in gradients]
             return total([tf.where(row, g, 0.0) for row, g in zip(rows, gradients, strict=True)])
 
-        sums = tf.cond(tf.reduce_all(finite), lambda: total(gradients), selected)
-
-        overflow = tf.constant(False)
-        if is_dynamic and scale is not None:
-            # Where the loss is a number the fault is the scale's, while there is one.
-            lost = counted & ~finite & tf.math.is_finite(losses)
-            overflow = tf.reduce_any(lost) & (scale > 1.0)
-        return sums, overflow
+        # The last chunk is filled up with rows that do not count.
+        usable = tf.reduce_all(kept | ~counted)
+        sums = tf.cond(usable, lambda: total(gradients), selected)
+        return sums, overflow, clipped
 
     def _noise(self, objective: Objective, variables: list[Any]) -> list[tf.Tensor]:
         streams = np.random.SeedSequence([abs(self._drawn), self._drawn < 0])
         seeds = streams.generate_state(max(1, len(variables)))
         stddev = LiveNumber.of(self, "noise_multiplier") * LiveNumber.of(self, "max_norm")
         stddev = tf.where(objective.is_first_replica(), stddev, 0.0)
-        return [
-            stddev * draws.normal(v.shape, (seed, objective.steps()))
-            for v, seed in zip(variables, seeds, strict=False)
-        ]
+
+        def drawn() -> list[tf.Tensor]:
+            return [
+                stddev * draws.normal(v.shape, (seed, objective.steps()))
+                for v, seed in zip(variables, seeds, strict=False)
+            ]
+
+        # What is multiplied by 0 need not be drawn.
+        return tf.cond(stddev > 0, drawn, lambda: [tf.zeros(v.shape) for v in variables])
+
+
+def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:
+    return value if scale is None else value * tf.cast(scale, value.dtype)
+
+
+def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> tf.Tensor:
+    """Returns the norm of the gradient of each example.
+
+    Args:
+        rows: for each weight the part that depends on the example, and the one that does
+            not, both with the loss scale.
+        zeros: of shape `[batch]`.
+    """
+    squares = [zeros]
+    for gradient, other in rows:
+        if gradient is not None:
+            squares.append(tf.square(gradient.norms()))
+        if other is not None:
+            squares.append(zeros + tf.reduce_sum(tf.square(tf.cast(other, zeros.dtype))))
+        if gradient is not None and other is not None:
+            squares.append(2.0 * gradient.products(other))
+    return tf.sqrt(tf.nn.relu(tf.add_n(squares)))
 
 
 def _over_chunks(
     chunk: Callable[[tf.Tensor, tf.Tensor], Any], size: Any, chunk_size: int
-) -> tuple[list[tf.Tensor], tf.Tensor]:
+) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
     """Adds up chunk after chunk; the last one is filled up with rows that do not count."""
 
     def at(start: Any) -> Any:
         rows = start + tf.range(chunk_size)
         return chunk(tf.minimum(rows, size - 1), rows < size)
 
-    def body(start: tf.Tensor, sums: list[tf.Tensor], overflow: tf.Tensor) -> Any:
-        found, overflowed = at(start)
+    def body(start: tf.Tensor, sums: list[tf.Tensor], overflow: tf.Tensor, clipped: Any) -> Any:
+        found, overflowed, more = at(start)
         added = [a + b for a, b in zip(sums, found, strict=True)]
-        return start + chunk_size, added, overflow | overflowed
+        return start + chunk_size, added, overflow | overflowed, clipped + more
 
-    sums, overflow = at(tf.constant(0))
-    _, sums, overflow = tf.while_loop(
+    sums, overflow, clipped = at(tf.constant(0))
+    _, sums, overflow, clipped = tf.while_loop(
         lambda start, *_: start < size,
         body,
-        (tf.constant(chunk_size), sums, overflow),
+        (tf.constant(chunk_size), sums, overflow, clipped),
         parallel_iterations=1,
     )
-    return sums, overflow
+    return sums, overflow, clipped
 
 
 def _values(batch: Batch) -> list[tf.Tensor]:

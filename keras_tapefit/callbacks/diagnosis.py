@@ -97,12 +97,17 @@ def summary_of(records: Mapping[str, np.ndarray]) -> str:
     return f"{_count(len(norms), 'step')}, {middle}."
 
 
-def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Report:
+def diagnose(
+    records: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    located: str | None = None,
+) -> Report:
     """Returns the diagnosis of the records of a training.
 
     Args:
         records: as `GradientHistory.to_numpy()` returns them.
         shapes: of the variables, by path.
+        located: where the first value was that was not finite, if somebody looked.
     """
     summary = summary_of(records)
     if not records or not len(records["step"]):
@@ -111,7 +116,7 @@ def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
     kernels = _root_mean_squares(records, shapes)
     dead = _dead(records, shapes)
     findings = [
-        *_not_finite(norms, records["skipped"]),
+        *_not_finite(norms, records["skipped"], located),
         *_dead_found(dead, shapes),
         *_uneven(kernels),
         *_spikes(norms, records),
@@ -122,13 +127,16 @@ def diagnose(records: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
     return Report(summary, tuple(findings))
 
 
-def _not_finite(norms: np.ndarray, skipped: np.ndarray) -> list[Finding]:
+def _not_finite(norms: np.ndarray, skipped: np.ndarray, located: str | None) -> list[Finding]:
     bad = ~np.isfinite(norms)
     if not bad.any():
         return []
     text = f"the gradients of {_share(bad)} steps hold NaN or infinity"
+    if located is not None:
+        text = f"{text}. {located[:-1]}"
     if skipped[bad].all():
-        return [Finding("not finite", f"{text}. All of these steps were skipped.")]
+        remedy = "" if located else "hooks.SkipNonFinite(locate=True) says in which layer."
+        return [Finding("not finite", f"{text}. All of these steps were skipped.", remedy)]
     remedy = "hooks.SkipNonFinite() leaves such steps out."
     return [Finding("not finite", f"{text}, from step {int(np.argmax(bad))} on.", remedy)]
 

@@ -12,6 +12,7 @@ from keras_tapefit.callbacks.reader import RecordReader, column_names
 from keras_tapefit.gradients import Targets, matching
 from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.targets import check_targets
+from keras_tapefit.hooks import SkipNonFinite
 from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
@@ -127,7 +128,13 @@ class GradientHistory(RecordReader):
             A `Report`, which prints as text; `docs/see_the_gradients.md` lists its
             thresholds and their sources.
         """
-        return diagnose(self.to_numpy(), self.shapes)
+        return diagnose(self.to_numpy(), self.shapes, self._located())
+
+    def _located(self) -> str | None:
+        if self.model is None:
+            return None
+        found = [h.located for h in self.model.gradient_hooks if isinstance(h, SkipNonFinite)]
+        return next((text for text in found if text is not None), None)
 
     def keys(self) -> Any:
         """The names of the arrays."""

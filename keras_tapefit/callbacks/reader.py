@@ -134,7 +134,9 @@ def column_names(records: Records, request: RecordRequest) -> list[str]:
     wanted = []
     for name in records.columns:
         kind, _, path = name.partition("/")
-        if kind == "weight":
+        if name in records.entries:
+            keep = True
+        elif kind == "weight":
             variables = [records.paths[i] for i in request.weights]
             keep = any(path == p or path.startswith(f"{p}[") for p in variables)
         else:

@@ -21,6 +21,8 @@ from keras_tapefit.hooks.monitoring import GradientMonitor as GradientMonitor
 from keras_tapefit.hooks.monitoring import UpdateMonitor as UpdateMonitor
 from keras_tapefit.hooks.noise_scale import NoiseScale as NoiseScale
 from keras_tapefit.hooks.number import Number as Number
+from keras_tapefit.hooks.outputs import OutputGradient as OutputGradient
+from keras_tapefit.hooks.outputs import OutputMonitor as OutputMonitor
 from keras_tapefit.hooks.shaping import Centralization as Centralization
 from keras_tapefit.hooks.shaping import GradientNoise as GradientNoise
 from keras_tapefit.hooks.shaping import GradientScaling as GradientScaling

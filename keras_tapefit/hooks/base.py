@@ -18,6 +18,7 @@ from keras_tapefit.gradients import (
     serialize_targets,
     variable_path,
 )
+from keras_tapefit.gradients.layers import NamedLayer
 from keras_tapefit.gradients.targets import check_targets, matching
 from keras_tapefit.hooks.arguments import (
     arguments_of,
@@ -29,7 +30,7 @@ from keras_tapefit.hooks.arguments import (
     shown,
 )
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
-from keras_tapefit.hooks.step import LogEntry, current_step
+from keras_tapefit.hooks.step import LogEntry, Outputs, current_step
 
 Hook = TypeVar("Hook", bound="GradientHook")
 
@@ -78,6 +79,7 @@ class GradientHook:
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     uses_step_count: bool = False
+    _watches_outputs: bool = False
     keeps_state: ClassVar[tuple[str, ...]] = ()
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
@@ -448,6 +450,33 @@ class GradientHook:
         Args:
             gradients: of the hook's variables that are being trained.
         """
+
+    def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
+        """Returns the layers of the model whose outputs the hook looks at."""
+        return list(layers)
+
+    @property
+    def _names_layers(self) -> bool:
+        """Whether the user named these layers."""
+        return False
+
+    @property
+    def _replaces_outputs(self) -> bool:
+        """Whether it may replace gradients at layer outputs."""
+        return False
+
+    def _replaced(self, gradient: tf.Tensor, path: str, layer: Any) -> Any:
+        """Returns what the gradient at the output of a layer becomes; `None`: what it is."""
+
+    def _see_outputs(self, outputs: Outputs) -> None:
+        """Looks at what layers returned and at the gradients there; `report` may be used.
+
+        Called once a step, before `apply`, where `_watches_outputs` is true.
+        """
+
+    def _recorded_entries(self, layers: Sequence[NamedLayer]) -> list[str]:
+        """Returns the log entries that a record of the step holds too."""
+        return []
 
     def frozen_positions(self, epoch: int, step: int) -> list[int]:
         """Positions in the model's trainable variables to be frozen now.

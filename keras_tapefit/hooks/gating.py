@@ -1,17 +1,21 @@
 """Gates: steps, or elements, that are not to be applied."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets, variable_path
-from keras_tapefit.gradients.checks import check_count
+from keras_tapefit.gradients.checks import check_bool, check_count
+from keras_tapefit.gradients.layers import NamedLayer
 from keras_tapefit.gradients.sparse import values_of
 from keras_tapefit.hooks.base import GradientHook
+from keras_tapefit.hooks.locating import Locator
 from keras_tapefit.hooks.number import Number
 from keras_tapefit.hooks.statistics import Moments, finite_norm
+from keras_tapefit.hooks.step import Outputs
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
@@ -24,15 +28,24 @@ class SkipNonFinite(GradientHook):
 
     Put it before hooks that look at the values of the gradients.
 
+    With `locate=True` it also keeps where a run of skipped steps began: the first value
+    that was not finite, in the order in which a step computes them: data, weights, the
+    output of a layer, the loss, the gradient at the output of a layer, of a weight. The
+    property `located` says it in words, the error of `max_consecutive` and
+    `GradientHistory.report()` too. It takes a look at every layer's output, on the device
+    and in every mode. `model.find_non_finite(x, y)` does it for one batch.
+
     Args:
         max_consecutive: after this many skipped steps in a row `fit` stops with a
             `FloatingPointError` that names the variable and the step where it began.
             `None`: never.
+        locate: whether to keep where it began: layer, step and examples.
         targets: the variables to look at; `None`: all.
         name: the hook's name.
 
     Raises:
-        TypeError, ValueError: when `max_consecutive` is no positive integer.
+        TypeError, ValueError: when `max_consecutive` is no positive integer, or `locate` no
+            bool.
         FloatingPointError: while training, see `max_consecutive`.
 
     Example:
@@ -44,10 +57,12 @@ class SkipNonFinite(GradientHook):
 
     may_skip_steps = True
     keeps_state = ("max_consecutive",)
+    _locator: Locator | None = None
 
     def __init__(
         self,
         max_consecutive: int | None = None,
+        locate: bool = False,
         targets: Targets = None,
         name: str | None = None,
     ) -> None:
@@ -55,6 +70,29 @@ class SkipNonFinite(GradientHook):
         if max_consecutive is not None:
             check_count("max_consecutive", max_consecutive)
         self.max_consecutive = max_consecutive
+        self.locate = check_bool("locate", locate)
+        self._layers: list[NamedLayer] = []
+
+    @property
+    def _watches_outputs(self) -> bool:
+        return self.locate
+
+    def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
+        self._layers = list(layers)
+        return self._layers
+
+    def _see_outputs(self, outputs: Outputs) -> None:
+        if self._locator is not None:
+            self._locator.look(outputs, self._layers)
+
+    @property
+    def located(self) -> str | None:
+        """Where the last run of skipped steps began, in words.
+
+        `None`: nowhere yet, or it is not looked for. Waits for the device.
+        """
+        found = self._locator is not None and self._built_for is not None
+        return self._locator.text(self._layers) if found else None
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:
@@ -66,13 +104,14 @@ class SkipNonFinite(GradientHook):
         # Of the step that began the present run of skipped ones:
         self._first_variable = counter("first_variable")
         self._first_step = counter("first_step")
+        self._locator = Locator(self, variables) if self.locate else None
 
     def apply(self, gradients: Gradients) -> Gradients:
         present = [(g, v) for g, v in gradients.pairs() if g is not None]
         if not present:
             return gradients
         bad = ~gradients._length_and_finite()[1]
-        if self.max_consecutive is not None:
+        if self.max_consecutive is not None or self._locator is not None:
             self._count(bad, present)
         self._seen.assign(self._seen.value + 1)
         self.skip_step(bad)
@@ -94,7 +133,10 @@ class SkipNonFinite(GradientHook):
         self._first_variable.assign(first)
         self._first_step.assign(tf.where(begins, self._seen.value, self._first_step.value))
         # A count that stops `fit` stays until it is looked at.
-        kept = tf.where(count >= self.max_consecutive, count, 0)
+        most = self.max_consecutive
+        kept = 0 if most is None else tf.where(count >= most, count, 0)
+        if self._locator is not None:
+            self._locator.look_at_gradients(begins, first)
         self._consecutive.assign(tf.where(bad, count + 1, kept))
 
     def check_state(self) -> None:
@@ -106,11 +148,14 @@ class SkipNonFinite(GradientHook):
         path = self._watched[int(self._first_variable.numpy())]
         step = int(self._first_step.numpy())
         self._consecutive.assign(0)
+        where = f"beginning with {path!r} at step {step} (counted from 0)"
+        hint = "`locate=True` says in which layer, and for which examples. "
+        if self.located is not None:
+            where, hint = f"from step {step} on (counted from 0). {self.located[:-1]}", ""
         raise FloatingPointError(
-            f"The gradients of {consecutive} steps in a row were not finite, beginning "
-            f"with {path!r} at step {step} (counted from 0). The weights are those from "
-            "before that step. Look for a too large learning rate, a logarithm or "
-            "division without a floor, or bad data."
+            f"The gradients of {consecutive} steps in a row were not finite, {where}. The "
+            f"weights are those from before that step. {hint}Look for a too large learning "
+            "rate, a logarithm or division without a floor, or bad data."
         )
 
 

@@ -14,7 +14,8 @@ from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.function import LambdaHook
-from keras_tapefit.hooks.step import Step, running
+from keras_tapefit.hooks.outputs import OutputHook
+from keras_tapefit.hooks.step import Outputs, Step, running
 
 
 class HookList(MutableSequence[GradientHook]):
@@ -98,6 +99,11 @@ class HookList(MutableSequence[GradientHook]):
             )
         if name is not None and not (isinstance(name, str) and name):
             raise TypeError(f"`name` must be a string. Received: name={name!r}.")
+        if targets is not None and isinstance(hook, OutputHook):
+            raise TypeError(
+                f"The hook {hook.name!r} is for layers and takes no `targets`. Pass `layers` to "
+                f"{type(hook).__name__} instead. Received: targets={targets!r}."
+            )
         _check_is_free(hook)
         if variables:
             matching(hook.targets if targets is None else targets, variables)
@@ -327,6 +333,23 @@ class HookList(MutableSequence[GradientHook]):
                 if hook.watches_validation:
                     step.hook = hook
                     hook.on_validation(gradients._subset(_positions(hook, gradients.variables)))
+
+    @property
+    def of_outputs(self) -> list[GradientHook]:
+        """The hooks that look at what layers return."""
+        return [hook for hook in self._hooks if hook._watches_outputs]
+
+    def see_outputs(self, outputs: Outputs, step: Step) -> None:
+        """Shows what layers returned to the hooks that look at it.
+
+        Args:
+            outputs: of all parts of the batch.
+            step: takes up what the hooks report.
+        """
+        with running(step):
+            for hook in self.of_outputs:
+                step.hook = hook
+                hook._see_outputs(outputs)
 
     def watch_update(self, variables: Sequence[Any], step: Step) -> Callable[[], None]:
         """Puts weights aside for the hooks that look at the update.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,6 +47,31 @@ class Parts(NamedTuple):
     inverse: tf.Tensor
     whole_square_norm: tf.Tensor
     whole_inverse: tf.Tensor
+
+
+@dataclass
+class Outputs:
+    """What the layers returned in a step, and the gradients that came back there.
+
+    Attributes:
+        passes: the `backward.taps.Taps` of each forward pass: one for each part of the
+            batch.
+        sum_over: sums a tensor over replicas.
+        num_replicas: their number.
+        replica: the number of this one, a scalar.
+    """
+
+    passes: list[Any]
+    sum_over: Callable[[Any], Any]
+    num_replicas: int = 1
+    replica: Any = 0
+
+    def of(self, hook: Any) -> Iterator[tuple[Any, Any]]:
+        """Yields each `Tap` that a hook looks at, with its `Taps`."""
+        for taps in self.passes:
+            for tap in taps.taps:
+                if any(watcher is hook for watcher in tap.watchers):
+                    yield tap, taps
 
 
 @dataclass

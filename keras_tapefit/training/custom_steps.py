@@ -155,6 +155,12 @@ def _check(step: CustomStep) -> None:
             "`super().train_step(data)` in it, override `compute_loss` instead, or leave "
             "the arguments out."
         )
+    if runtime.hooks.of_outputs and not step.used_tape and not step.used_method:
+        raise ValueError(
+            f"The hook {runtime.hooks.of_outputs[0].name!r} looks at what layers return, and "
+            f"the `train_step` of {name} runs them without the model's tape. Compute the loss "
+            "inside `with self.gradient_tape() as tape:`, or remove the hook."
+        )
     if runtime.hooks and not step.updated:
         names = ", ".join(repr(hook.name) for hook in runtime.hooks)
         warnings.warn(

@@ -18,7 +18,7 @@ class EpochLogs:
         owners: returns whose log entries count now; `None` among them for the number of
             skipped steps.
         has_gate: returns whether a hook may skip steps.
-        num_variables: returns the number of the model's trainable variables.
+        size: returns how many log entries there is room for.
         scope: returns the scope in which variables are made.
     """
 
@@ -26,12 +26,12 @@ class EpochLogs:
         self,
         owners: Callable[[], list[Any]],
         has_gate: Callable[[], bool],
-        num_variables: Callable[[], int],
+        size: Callable[[], int],
         scope: Callable[[], Any],
     ) -> None:
         self._owners = owners
         self._has_gate = has_gate
-        self._num_variables = num_variables
+        self._size = size
         self._scope = scope
         self.made: LogEntries | None = None
 
@@ -39,7 +39,7 @@ class EpochLogs:
         """Makes the entries where they are missing."""
         if self.made is None:
             with tf.init_scope(), self._scope():
-                self.made = LogEntries(128 + 4 * self._num_variables())
+                self.made = LogEntries(self._size())
 
     @property
     def entries(self) -> LogEntries:

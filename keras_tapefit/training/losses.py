@@ -5,7 +5,7 @@ a batch comes in parts (replicas, micro-batches, accumulated steps), a term coun
 own divisor; see `Quotient`.
 
 Private names used here: `keras.src.losses.loss` with `reduce_weighted_values`,
-`apply_mask`, `scale_loss_for_distribution` and `unscale_loss_for_distribution`,
+`apply_mask`, `squeeze_or_expand_to_same_rank`, `scale_loss_for_distribution` and `unscale_loss_for_distribution`,
 `Model._compile_loss`, `_compute_loss`, `_symbolic_build`, `_aggregate_additional_loss`,
 `CompileLoss._flat_losses` and its `_replace`. Checked with Keras 3.15.1;
 `tests/models/test_private_names.py` fails when they change.
@@ -125,16 +125,11 @@ def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.
         # Its list of losses is made by the first call, which leaves no other trace.
         with keras.StatelessScope():
             compiled(batch[1], y_pred, batch[2])
-    listen(model)
-    heard = _state.heard = []
-    try:
-        with _silent(compiled):
-            if overrides_compute_loss(model):
-                total = compute(model, batch, y_pred, training)
-            else:
-                total = compiled(batch[1], y_pred, batch[2])
-    finally:
-        _state.heard = None
+    with hearing(model) as heard, _silent(compiled):
+        if overrides_compute_loss(model):
+            total = compute(model, batch, y_pred, training)
+        else:
+            total = compiled(batch[1], y_pred, batch[2])
     examples = batch_shape(batch[0])
     terms = []
     for place, (item, (value, reduced)) in enumerate(
@@ -154,6 +149,86 @@ def listen(model: Any) -> None:
             item if isinstance(item.loss, _Listened) else item._replace(loss=_Listened(item.loss))
             for item in compiled._flat_losses
         ]
+
+
+@contextlib.contextmanager
+def hearing(model: Any) -> Iterator[list[Any]]:
+    """Yields a list that takes up what each compiled loss gives in this context."""
+    listen(model)
+    before, _state.heard = _state.heard, []
+    heard = _state.heard
+    try:
+        yield heard
+    finally:
+        _state.heard = before
+        if before is not None:
+            before.extend(heard)
+
+
+def of_examples(model: Any, heard: list[Any]) -> tuple[tf.Tensor | None, str | None]:
+    """Returns the compiled loss of each example, as that of a batch of one.
+
+    Args:
+        model: the model.
+        heard: what its losses gave for a batch; see `hearing`.
+
+    Returns:
+        The losses, of shape `[batch]`; or else why they are not known.
+    """
+    compiled = model._compile_loss
+    if compiled is None or overrides_compute_loss(model):
+        return None, "the loss is computed in a way of the model's own"
+    if not compiled.built or len(heard) != len(compiled._flat_losses):
+        return None, "its losses are not told apart"
+    found = []
+    for item, (_, reduced) in zip(compiled._flat_losses, heard, strict=True):
+        loss = getattr(item.loss, "loss", item.loss)
+        if not _is_by_example(loss) or reduced is None or not reduced.values.shape.rank:
+            return None, f"the loss {getattr(loss, 'name', loss)!r} may mix examples"
+        each = tf.cast(_each(reduced, loss.reduction), compiled.dtype)
+        found.append(each if item.loss_weights is None else each * item.loss_weights)
+    return sum_of(found), None
+
+
+def _is_by_example(loss: Any) -> bool:
+    """Whether a loss is one of Keras's that computes examples apart from each other."""
+    what = getattr(loss, "fn", type(loss))
+    name = getattr(what, "__name__", "").lower()
+    of_keras = getattr(what, "__module__", "").startswith("keras.src.losses")
+    return of_keras and name not in ("circle", "dice", "tversky")
+
+
+def _each(reduced: _Reduced, reduction: Any) -> tf.Tensor:
+    """Reduces the values of each example as Keras reduces those of a batch of one."""
+    values = tf.convert_to_tensor(reduced.values)
+    values = values if reduced.dtype is None else tf.cast(values, reduced.dtype)
+    weight, mask = (
+        None if v is None else tf.cast(v, values.dtype)
+        for v in (reduced.sample_weight, reduced.mask)
+    )
+    if mask is not None:
+        if reduction in ("mean", "sum_over_batch_size"):
+            mask = tf.cast(mask != 0, values.dtype)
+            ones = _over_examples(tf.ones_like(mask))
+            share = tf.math.divide_no_nan(ones, _over_examples(mask))
+            mask *= tf.reshape(share, [-1] + [1] * (mask.shape.rank - 1))
+        if weight is not None:
+            mask, weight = keras_losses.squeeze_or_expand_to_same_rank(mask, weight)
+            mask *= weight
+        weight = mask
+    if weight is not None:
+        values, weight = keras_losses.squeeze_or_expand_to_same_rank(values, weight)
+        values *= weight
+    total = _over_examples(values)
+    if reduction in (None, "none", "sum"):
+        return total
+    if reduction == "mean_with_sample_weight" and weight is not None:
+        return tf.math.divide_no_nan(total, _over_examples(weight))
+    return tf.math.divide_no_nan(total, _over_examples(tf.ones_like(values)))
+
+
+def _over_examples(values: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(values, axis=list(range(1, values.shape.rank)))
 
 
 def additional(model: Any) -> list[tf.Tensor]:

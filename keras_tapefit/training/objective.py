@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Batch, Forward, Quotient, sum_of
+from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import layers_of
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.bare_variables import AdoptedVariable
@@ -44,11 +46,41 @@ class ModelObjective:
             return tf.GradientTape(persistent=persistent)
         return _TapeOf([v.value for v in variables], persistent)
 
+    def by_example(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Forward, tf.Tensor | None, str | None]:
+        model = self._model
+        compiled = model._compile_loss
+        if compiled is not None and not compiled.built:
+            losses.build(model, batch)
+        with losses.hearing(model) as heard:
+            forward = self._forward(batch, around)
+        if len(model.losses) > len(self._regularized()):
+            return forward, None, "there is a loss that a layer adds"
+        return forward, *losses.of_examples(model, heard)
+
+    def regularization(self) -> list[Any]:
+        regularized = {id(v) for v in self._regularized()}
+        if not regularized:
+            return [None] * len(self.variables())
+        sources = [v.value for v in self.variables()]
+        with _TapeOf(sources) as tape, losses.undivided():
+            total = tf.add_n(losses.additional(self._model))
+        return tape.gradient(total, sources)
+
+    def _regularized(self) -> list[Any]:
+        return [v for v in self.variables() if getattr(v, "regularizer", None) is not None]
+
     def forward(self, batch: Batch) -> Forward:
+        return self._forward(batch, contextlib.nullcontext)
+
+    def _forward(self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]) -> Forward:
         examples, counts = self._examples(batch)
-        with self._undone_unless(counts), losses.undivided():
-            y_pred = keras_trainer.forward(self._model, batch[0], self._training)
+        with self._undone_unless(counts), losses.undivided(), self._tapped() as taps:
+            with around():
+                y_pred = keras_trainer.forward(self._model, batch[0], self._training)
             found = self._quotients(batch, y_pred, examples)
+        self._check_taps(taps, found)
         shares, all_examples = self._shares(found, examples)
         found = [
             Quotient(
@@ -63,14 +95,16 @@ class ModelObjective:
             terms = {place: v for quotient in found for place, v in quotient.terms.items()}
             found = [Quotient(sum_of([q.loss for q in found]), all_examples, terms)]
         scaled = [self._scaled(quotient.loss) for quotient in found]
-        return Forward(found, scaled, factors, y_pred, examples, all_examples, counts)
+        if taps is not None:
+            taps.inputs, taps.loss = batch, sum_of([quotient.loss for quotient in found])
+        return Forward(found, scaled, factors, y_pred, examples, all_examples, counts, taps)
 
     def tasks(self, batch: Batch, tasks: Any = None) -> tuple[list[Any], Any, Forward]:
         model = self._model
         if tasks is None:
             losses.build(model, batch)
         examples, counts = self._examples(batch)
-        with self._undone_unless(counts), losses.undivided():
+        with self._undone_unless(counts), losses.undivided(), self._tapped() as taps:
             y_pred = keras_trainer.forward(model, batch[0], training=True)
             if tasks is None:
                 total, terms = losses.separate(model, batch, y_pred, training=True)
@@ -89,11 +123,29 @@ class ModelObjective:
         extra = [_part_of(loss, shares[-1][0]) for loss in rest]
         logged = {t.place: _part_of(t.value, s) for t, (s, _) in zip(terms, shares, strict=False)}
         whole = Quotient(sum([*values, *extra]), all_examples, logged)
+        if taps is not None:
+            taps.inputs, taps.loss = batch, whole.loss
         forward = Forward(
-            [whole], [whole.loss], [shares[-1][0]], y_pred, examples, all_examples, counts
+            [whole], [whole.loss], [shares[-1][0]], y_pred, examples, all_examples, counts, taps
         )
         scaled_rest = self._scaled(tf.add_n(extra)) if extra else None
         return [self._scaled(value) for value in values], scaled_rest, forward
+
+    def _tapped(self, replaces: bool = False) -> Any:
+        """Opens the taps that hooks ask for, if any do; see `Runtime.taps`."""
+        taps = self._runtime.taps(replaces) if self._training else None
+        return contextlib.nullcontext() if taps is None else taps.tapping()
+
+    def _check_taps(self, taps: Taps | None, quotients: Sequence[Quotient]) -> None:
+        if taps is not None and self._apart and len(quotients) > 1:
+            names = [h.name for h in self._runtime.hooks.of_outputs if not h.may_skip_steps]
+            if names:
+                raise ValueError(
+                    f"The hook {names[0]!r} looks at gradients of layer outputs. That cannot be "
+                    "used with `micro_batches` or `gradient_accumulation_steps` where the "
+                    "losses are not all divided by the same number: one is masked, weighted "
+                    "or a sum, and another one is not. Train on whole batches."
+                )
 
     def _check_alike(self, terms: Sequence[losses.Term]) -> None:
         if self._apart and len({term.kind for term in terms}) > 1:
@@ -187,7 +239,7 @@ class ModelObjective:
             return sum_of(scaled), found
 
     def _scaled_again(self, batch: Batch, like: Forward | None) -> list[tf.Tensor]:
-        with losses.undivided():
+        with losses.undivided(), self._tapped(replaces=True):
             y_pred = keras_trainer.forward(self._model, batch[0], self._training)
             if like is None:
                 return [self._scaled(losses.compute(self._model, batch, y_pred, self._training))]

@@ -56,18 +56,20 @@ class Recording:
         """Returns what of the records decides the traced graph."""
         return self._structure
 
-    def prepare(self, variables: Sequence[Any], steps_per_execution: int) -> None:
+    def prepare(
+        self, variables: Sequence[Any], steps_per_execution: int, entries: tuple[str, ...] = ()
+    ) -> None:
         """Makes the records that are asked for, in the strategy's scope."""
         requests = list(self._requests.values())
         if not requests:
             self.records = self._structure = None
             return
         request = reduce(RecordRequest.merged, requests)
-        key = request, 2 * steps_per_execution, tuple(map(id, variables))
+        key = request, 2 * steps_per_execution, tuple(map(id, variables)), entries
         if key not in self._kept:
             if self.counter is None:
                 self.counter = make_counter(0)
-            self._kept[key] = Records(request, variables, self.counter, key[1])
+            self._kept[key] = Records(request, variables, self.counter, key[1], entries)
         self.records, self._structure = self._kept[key], key
 
     def begin(self, num_steps: int) -> None:

@@ -10,15 +10,20 @@ import keras
 import tensorflow as tf
 
 from keras_tapefit.backward import Backpropagation, GradientMethod, MicroBatches
+from keras_tapefit.backward.base import Computed
+from keras_tapefit.backward.taps import Taps
+from keras_tapefit.gradients.layers import layers_of, named_layers
 from keras_tapefit.gradients.units import Unit, unit_axes
 from keras_tapefit.hooks import HookList
+from keras_tapefit.hooks.step import LogEntry, Outputs
+from keras_tapefit.hooks.step import Step as HookStep
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.epoch_logs import EpochLogs
 from keras_tapefit.training.recording import Recording
 from keras_tapefit.training.state import State
 from keras_tapefit.training.step_count import StepCount
 from keras_tapefit.training.windows import Windows
-from keras_tapefit.update import loaded_optimizers, optimizers, trainable
+from keras_tapefit.update import loaded_optimizers, optimizers, replicas, trainable
 from keras_tapefit.update.making import may_reject
 
 
@@ -62,7 +67,8 @@ class Runtime:
         self.logs = EpochLogs(
             owners=self._reporting,
             has_gate=lambda: self.hooks.may_skip_steps,
-            num_variables=lambda: len(self.candidates()),
+            # Room for what is logged of each variable and of each layer.
+            size=lambda: 128 + 4 * (len(self.candidates()) + len(layers_of(self.model))),
             scope=self.scope,
         )
         self.evaluating = False
@@ -73,6 +79,7 @@ class Runtime:
         self.frozen_when_built: list[Any] = []
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
+        self._onlooker: Any = None
         self._functions: dict[Any, Callable[[], Any]] = {}
 
     @property
@@ -107,9 +114,55 @@ class Runtime:
 
     def gradient_method(self) -> GradientMethod:
         """Returns how the gradients of a batch are computed."""
+        if self._onlooker is not None:
+            # Of one batch in hand the plain gradient is what is looked at.
+            return Backpropagation()
+        if not self.backward.has_outputs and self.hooks.of_outputs:
+            raise ValueError(
+                f"The hook {self.hooks.of_outputs[0].name!r} looks at gradients of layer "
+                f"outputs, and `{type(self.backward).__name__}` takes those of each example, "
+                "apart from the step. Use another `backward=`, or remove the hook."
+            )
         if self.micro_batches == 1:
             return self.backward
         return MicroBatches(self.backward, self.micro_batches, self.hooks.uses_parts)
+
+    def taps(self, replaces: bool = False) -> Taps | None:
+        """Returns the taps of a forward pass that hooks ask for, not open yet.
+
+        Args:
+            replaces: for a pass in which gradients may be replaced, and nobody looks.
+        """
+        asking: list[Any] = list(self.hooks.of_outputs)
+        if replaces:
+            asking = [hook for hook in asking if hook._replaces_outputs]
+        elif self._onlooker is not None:
+            asking.append(self._onlooker)
+        if not asking:
+            return None
+        taps = Taps(asking, named_layers(self.model), replaces)
+        taps.scale = optimizers.loss_scale(self.optimizer)
+        return taps
+
+    @contextlib.contextmanager
+    def watched_by(self, onlooker: Any) -> Iterator[None]:
+        """Has somebody else than hooks look at what layers return, in this context."""
+        self._onlooker = onlooker
+        try:
+            yield
+        finally:
+            self._onlooker = None
+
+    def see_outputs(self, computed: Computed) -> list[LogEntry]:
+        """Shows hooks what layers returned in a step; returns what they report."""
+        optimizer = self.optimizer
+        index = 0 if optimizer is None else optimizer.iterations
+        step = HookStep(index=tf.cast(index, tf.int64))
+        context = tf.distribute.get_replica_context()
+        replica = 0 if context is None else context.replica_id_in_sync_group
+        outputs = Outputs(computed.taps, replicas.sum_over, replicas.count(), replica)
+        self.hooks.see_outputs(outputs, step)
+        return step.entries
 
     def may_reject(self) -> bool:
         """Whether a step can be skipped as a whole."""
@@ -146,11 +199,16 @@ class Runtime:
             self.logs.prepare()
             if self.has_window or any(hook.uses_step_count for hook in self.hooks):
                 self.step_count.prepare(optimizer)
-            self.recording.prepare(variables, self.model.steps_per_execution)
+            self._prepare_records(variables)
             self.state.restore_pending()
         if self.divides_in_parts:
             losses.listen(self.model)
         self._freeze_what_was()
+
+    def _prepare_records(self, variables: list[Any]) -> None:
+        layers = named_layers(self.model) if self.hooks.of_outputs else []
+        entries = [name for hook in self.hooks for name in hook._recorded_entries(layers)]
+        self.recording.prepare(variables, self.model.steps_per_execution, tuple(entries))
 
     def prepare_hooks(self) -> None:
         """Makes the state of hooks that have none yet, in the middle of a step.

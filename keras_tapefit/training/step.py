@@ -84,6 +84,10 @@ class Step:
             self._put_aside(self.runtime.state.undone_variables(self._everything))
         self.updated = True
         self._loss = computed.loss
+        for name, (value, weight) in computed.logged.items():
+            self.report(LogEntry(self.runtime.model, name, value, "mean", weight))
+        if computed.taps:
+            self._entries_of_step.extend(self.runtime.see_outputs(computed))
         with undoing_updates(bool(self.runtime.model.jit_compile)):
             outcome = self._outcome(computed, optimizer, scaled)
         self._entries_of_step.extend(outcome.entries)
@@ -157,7 +161,7 @@ class Step:
                 taken = {"loss", *(logs if isinstance(logs, dict) else ())} - own
                 log(runtime.logs.entries, self._entries_of_step, accepted, self._rejects, taken)
             if self._record is not None:
-                self._record.write(self._loss)
+                self._record.write(self._loss, self._entries_of_step)
         runtime.step_count.add(accepted)
         if not isinstance(logs, dict):
             return logs
@@ -172,6 +176,7 @@ class CustomStep(Step):
         data: the batch; `None` in a loop by hand, where it is not known.
 
     Attributes:
+        data: the batch, or `None`.
         used_tape: whether `gradient_tape` was called.
         used_method: whether the built-in step was, as `super().train_step(data)`.
         loss: the last one that was minimized, this replica's.
@@ -183,7 +188,7 @@ class CustomStep(Step):
 
     def __init__(self, runtime: Runtime, data: Any = None) -> None:
         super().__init__(runtime, everything=True)
-        self._data = data
+        self.data = data
         self.used_tape = False
         self.used_method = False
         self.loss: Any = None
@@ -200,14 +205,14 @@ class CustomStep(Step):
     @functools.cached_property
     def examples(self) -> tf.Tensor:
         """The number of examples in this replica's batch; 1 where it is not known."""
-        return losses.batch_shape(self._data)
+        return losses.batch_shape(self.data)
 
     @property
     def may_be_empty(self) -> bool:
         """Whether this replica may have no example."""
-        if self._data is None or replicas.count() == 1:
+        if self.data is None or replicas.count() == 1:
             return False
-        return keras_trainer.may_be_empty(self._data)
+        return keras_trainer.may_be_empty(self.data)
 
 
 class _Open(threading.local):

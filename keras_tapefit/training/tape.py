@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed, Quotient
+from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.training import losses
 from keras_tapefit.training.runtime import Runtime
@@ -33,6 +34,8 @@ class StepTape(tf.GradientTape):
         self._step: CustomStep | None = None
         self._is_own = False
         self._noticing: Any = None
+        self._taps: Taps | None = None
+        self._tapping: Any = None
 
     def __enter__(self) -> StepTape:
         # In a loop of the user's own no step is open: it begins here.
@@ -46,10 +49,15 @@ class StepTape(tf.GradientTape):
         self._noticing = self._step.noticing_new() if self._is_own else contextlib.nullcontext()
         self._noticing.__enter__()
         self._undivided.__enter__()
+        self._taps = self._runtime.taps()
+        self._tapping = contextlib.nullcontext() if self._taps is None else self._taps.tapping()
         super().__enter__()
+        # Within the tape, whose recording they look for.
+        self._tapping.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._tapping.__exit__(*exception)
         super().__exit__(*exception)
         self._undivided.__exit__(*exception)
         self._noticing.__exit__(*exception)
@@ -104,6 +112,12 @@ class StepTape(tf.GradientTape):
         prepare_optimizer(self._runtime, optimizer, variables)
         divisor = _divisor(step.examples if weight is None else weight)
         share, total = _share(divisor)
+        taps = [] if self._taps is None else [self._taps]
+        for each in taps:
+            # What the same tape gave before is another update's.
+            each.forget()
+            each.scale, each.loss = optimizers.loss_scale(optimizer), loss
+            each.inputs = step.data
         seed = optimizer.scale_loss(tf.ones_like(loss) * tf.cast(share, loss.dtype))
         found = self.gradient(loss, variables, output_gradients=seed)
         gradients = Gradients(zip(found, variables, strict=True))
@@ -114,7 +128,7 @@ class StepTape(tf.GradientTape):
         all_examples = replicas.sum_over(examples)
         quotient = Quotient(share_of_loss, total, gradients=gradients)
         step.loss = loss
-        step.update(Computed([quotient], None, examples, all_examples), optimizer)
+        step.update(Computed([quotient], None, examples, all_examples, taps=taps), optimizer)
         if self._is_own:
             step.close(None)
 

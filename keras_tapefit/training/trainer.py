@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed, Quotient, check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
+from keras_tapefit.gradients.layers import named_layers
 from keras_tapefit.hooks import GradientHook, HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_callbacks
 from keras_tapefit.training import (
@@ -29,6 +30,7 @@ from keras_tapefit.training import (
     validation,
 )
 from keras_tapefit.training.clock import Clock
+from keras_tapefit.training.non_finite import NonFinite, Onlooker, found
 from keras_tapefit.training.objective import ModelObjective
 from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.step import CustomStep, Step, close_windows, open_step
@@ -380,25 +382,79 @@ class TapeTrainer:
             print(path, float(norm))
         ```
         """
-        keras_trainer.check_compiled(self, "compute_gradients")
-        runtime = runtime_of(self)
-        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-            raise ValueError(
-                "`compute_gradients` computes on one replica. Call it outside of "
-                "`with strategy.scope():`, or inside `strategy.run`."
-            )
-        batch = keras.tree.map_structure(keras_trainer.as_tensor, (x, y, sample_weight))
-        if not self.built:
-            keras_trainer.build(self, batch)
-        runtime.prepare()
-        rollback = Rollback(runtime.state.undone_variables())
-        objective = ModelObjective(runtime, apart=runtime.micro_batches > 1)
-        gradients = runtime.gradient_method().compute(objective, batch).gradients
-        rollback.restore_unless(tf.constant(False))
+        computed = self._computed("compute_gradients", (x, y, sample_weight))
+        gradients = computed.gradients
         scale = optimizers.loss_scale(self.optimizer)
         if scale is not None:
             gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
         return gradients.with_unique_rows()
+
+    @tf.autograph.experimental.do_not_convert
+    def find_non_finite(self, x: Any, y: Any = None, sample_weight: Any = None) -> NonFinite:
+        """Looks for the first value of a step on a batch that is NaN or infinite.
+
+        A step in training mode is made, eagerly and without an update: nothing is changed.
+        The order is that of the computation: data, weights, outputs of layers, the loss,
+        the gradients at outputs, those of weights.
+
+        Args:
+            x: input data, with the batch as first axis.
+            y: targets.
+            sample_weight: weights of the examples.
+
+        Returns:
+            A table of layers that prints as text: for the output of each, and for the
+            gradient of the loss there, whether it is finite, its largest and its smallest
+            nonzero absolute value. `first` says where the fault is, or is `None`.
+
+        Raises:
+            ValueError: when the model is not compiled, or in a graph.
+
+        Example:
+
+        ```python
+        found = model.find_non_finite(x[:8], y[:8])
+        print(found)
+        assert found.first is None
+        ```
+        """
+        if not tf.executing_eagerly():
+            raise ValueError(
+                "`find_non_finite` looks at values, which a graph has not. Call it outside "
+                "of `tf.function` and of `train_step`."
+            )
+        runtime = runtime_of(self)
+        batch = (x, y, sample_weight)
+        self._prepare_for("find_non_finite", batch)
+        onlooker = Onlooker(named_layers(self))
+        with runtime.watched_by(onlooker):
+            computed = self._computed("find_non_finite", batch)
+        scale = optimizers.loss_scale(self.optimizer)
+        return found(computed, onlooker, runtime.candidates(), scale)
+
+    def _prepare_for(self, method: str, batch: Any) -> Any:
+        keras_trainer.check_compiled(self, method)
+        runtime = runtime_of(self)
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise ValueError(
+                f"`{method}` computes on one replica. Call it outside of "
+                "`with strategy.scope():`, or inside `strategy.run`."
+            )
+        batch = keras.tree.map_structure(keras_trainer.as_tensor, batch)
+        if not self.built:
+            keras_trainer.build(self, batch)
+        runtime.prepare()
+        return batch
+
+    def _computed(self, method: str, batch: Any) -> Computed:
+        """Returns what the method gives for a batch, and leaves nothing behind."""
+        batch = self._prepare_for(method, batch)
+        runtime = runtime_of(self)
+        rollback = Rollback(runtime.state.undone_variables())
+        objective = ModelObjective(runtime, apart=runtime.micro_batches > 1)
+        computed = runtime.gradient_method().compute(objective, batch)
+        rollback.restore_unless(tf.constant(False))
+        return computed
 
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, gradients: Gradients | Iterable[tuple[Any, Any]]) -> None:

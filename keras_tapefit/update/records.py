@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import variable_path
 from keras_tapefit.gradients.norms import joint_norm
+from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.watch import NUM_BINS, RecordRequest, Seen, Watch
 
@@ -34,13 +35,20 @@ class Records:
         variables: all that may ever be trained.
         counter: the number of steps so far, a scalar int64 variable.
         min_size: the least number of steps to be kept.
+        entries: the log entries of hooks that are recorded too.
     """
 
     def __init__(
-        self, request: RecordRequest, variables: Sequence[Any], counter: Any, min_size: int
+        self,
+        request: RecordRequest,
+        variables: Sequence[Any],
+        counter: Any,
+        min_size: int,
+        entries: Sequence[str] = (),
     ) -> None:
         self.request = request
         self.counter = counter
+        self.entries = list(entries)
         self.paths = [variable_path(v) for v in variables]
         self.shapes = {variable_path(v): tuple(v.shape) for v in variables}
         self._places = {id(v): i for i, v in enumerate(variables)}
@@ -69,7 +77,7 @@ class Records:
             path = variable_path(variable)
             places = [",".join(map(str, place)) for place in np.ndindex(*variable.shape)]
             names += [f"weight/{path}[{place}]" if place else f"weight/{path}" for place in places]
-        return names
+        return names + self.entries
 
     @property
     def variables(self) -> list[Any]:
@@ -99,13 +107,20 @@ class Records:
         ]
         self._closing.assign(tf.concat([tf.stack([seen.after, seen.skipped]), *parts], axis=0))
 
-    def write(self, updates: Sequence[tuple[Sequence[Any], Seen]], loss: Any, rate: Any) -> None:
+    def write(
+        self,
+        updates: Sequence[tuple[Sequence[Any], Seen]],
+        loss: Any,
+        rate: Any,
+        entries: Sequence[LogEntry] = (),
+    ) -> None:
         """Writes the record of a step.
 
         Args:
             updates: the variables of each update of the step, and what was seen of it.
             loss: of the global batch, scalar float32.
             rate: the learning rate, scalar float32.
+            entries: what hooks report.
         """
         of_window = updates[0][1].after is None
         after, skipped, norms_after, changes, sizes = (
@@ -125,6 +140,10 @@ class Records:
                 parts.append(tf.math.divide_no_nan(changes, sizes))
         for variable in self._kept:
             parts.append(tf.reshape(tf.cast(variable.value, tf.float32), [-1]))
+        if self.entries:
+            values = {entry.name: entry.value for entry in entries}
+            missing = tf.constant(float("nan"))
+            parts.append(tf.stack([values.get(name, missing) for name in self.entries]))
         _put(self._rows, self.counter.value % self.size, tf.concat(parts, axis=0))
         if self.num_histograms:
             self._write_histograms(updates)
@@ -223,15 +242,16 @@ class StepRecord:
         if seen is not None:
             self._records.close_window(variables, seen)
 
-    def write(self, loss: Any) -> None:
+    def write(self, loss: Any, entries: Sequence[LogEntry] = ()) -> None:
         """Writes the record.
 
         Args:
             loss: this replica's share of the loss, or `None` where it is not known.
+            entries: what hooks report.
         """
         share = tf.constant(float("nan")) if loss is None else tf.cast(loss, tf.float32)
         total = tf.reshape(replicas.sum_over(share), ())
-        self._records.write(self._updates, total, self._rate)
+        self._records.write(self._updates, total, self._rate, entries)
 
 
 def make_counter(start: int) -> Any:

@@ -145,7 +145,7 @@ def test_not_finite():
     report = diagnose(with_values("skipped", [7, 8], True, records), SHAPES)
     assert report.kinds == ("not finite", "skipped")
     assert "All of these steps were skipped" in report.findings[0].text
-    assert report.findings[0].remedy == ""
+    assert "SkipNonFinite(locate=True)" in report.findings[0].remedy
 
 
 def test_no_finite_norm_at_all():

@@ -82,10 +82,15 @@ _OF_PARTS = {
     "PerExampleClipping": "refused, since its `chunk_size` bounds the memory already",
 }
 _MORE_PARTS = {"NoiseScale": "there are other parts, so it is another estimate"}
+_OF_OUTPUTS = {
+    "OutputGradient of examples": "its function sees the gradient of each part's own loss"
+}
 # Accumulated gradients are of batches, and it is a batch that is bad.
 _OF_WINDOWS = {
     **_OF_PARTS,
     **_MORE_PARTS,
+    **_OF_OUTPUTS,
+    "OutputMonitor": "it logs each batch, as the loss is logged",
     "PerExampleClipping": "each batch is a lot with noise of its own",
     "SkipNonFinite": "a bad batch costs itself, and not the window that it is in",
     "SkipSpikes": "of a window that is rejected the metrics of its earlier batches count",
@@ -135,7 +140,7 @@ MODES = [
     Mode(
         "4 micro-batches",
         {"jit_compile": False, "micro_batches": 4},
-        leaves_out={**_OF_PARTS, **_MORE_PARTS},
+        leaves_out={**_OF_PARTS, **_MORE_PARTS, **_OF_OUTPUTS},
     ),
     Mode(
         "4 accumulated",
@@ -182,6 +187,11 @@ def break_large(gradient: Any, variable: Any) -> Any:
     return tf.where(tf.abs(gradient) > 0.3, math.nan, gradient)
 
 
+def bend(gradient: Any, layer: Any) -> Any:
+    """Not linear, example by example."""
+    return gradient * (1.0 + 20.0 * tf.reduce_sum(tf.square(gradient), axis=-1, keepdims=True))
+
+
 def _columns(y: Any, y_pred: Any) -> list[Any]:
     """Two tasks: each column of the targets is one."""
     return tf.unstack(tf.reduce_mean(tf.square(y - y_pred), axis=0))
@@ -215,6 +225,11 @@ HOOKS = {
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
+    "OutputGradient": Case(
+        lambda: [hooks.OutputGradient(lambda g, layer: -2.0 * g, "hidden"), grow]
+    ),
+    "OutputGradient of examples": Case(lambda: [hooks.OutputGradient(bend, "hidden"), grow]),
+    "OutputMonitor": Case(lambda: [hooks.OutputMonitor(["hidden", "end"]), grow]),
     "NoiseScale": Case(lambda: [hooks.NoiseScale(0.9), grow], compile={"micro_batches": 6}),
     "SharpnessAware": Case(
         lambda: [grow], backward=lambda: backward.SharpnessAware(0.1, synchronize=True)

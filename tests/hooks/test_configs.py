@@ -32,7 +32,7 @@ HOOKS = {
     "AdaptiveClipping": lambda: hooks.AdaptiveClipping(0.5, targets="a/*", name="x"),
     "PercentileClipping": lambda: hooks.PercentileClipping(50, 4, targets="a/*", name="x"),
     "ZScoreClipping": lambda: hooks.ZScoreClipping(1.5, 0.5, 2, targets="a/*", name="x"),
-    "SkipNonFinite": lambda: hooks.SkipNonFinite(3, targets="a/*", name="x"),
+    "SkipNonFinite": lambda: hooks.SkipNonFinite(3, True, targets="a/*", name="x"),
     "SkipSpikes": lambda: hooks.SkipSpikes(3, "loss", 0.5, 2, 1, targets="a/*", name="x"),
     "ZeroNonFinite": lambda: hooks.ZeroNonFinite(targets="a/*", name="x"),
     "GradientScaling": lambda: hooks.GradientScaling(0.5, targets="a/*", name="x"),
@@ -44,6 +44,8 @@ HOOKS = {
     "GradientMonitor": lambda: hooks.GradientMonitor(True, True, targets="a/*", name="x"),
     "UpdateMonitor": lambda: hooks.UpdateMonitor(True, targets="a/*", name="x"),
     "NoiseScale": lambda: hooks.NoiseScale(0.5, name="x"),
+    "OutputGradient": lambda: hooks.OutputGradient(halve, "a", name="x"),
+    "OutputMonitor": lambda: hooks.OutputMonitor(["a", "b"], name="x"),
     "LambdaHook": lambda: LambdaHook(halve, targets="a/*", name="x"),
 }
 
