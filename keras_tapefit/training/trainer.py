@@ -21,6 +21,7 @@ from keras_tapefit.gradients import Gradients, Targets, matching
 from keras_tapefit.hooks import HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_callbacks
 from keras_tapefit.training import (
+    backups,
     building,
     compile_arguments,
     keras_trainer,
@@ -260,10 +261,15 @@ class TapeTrainer:
         if "callbacks" not in parameters and others:
             rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_clock(rest.get("callbacks"), runtime.clock)
+        runtime.clock.begin(backups.check(rest["callbacks"]))
         return fit(*bound.args, **bound.kwargs)
 
     def reset_metrics(self) -> None:
         """Resets the state of all metrics, and of what hooks report."""
+        clock = runtime_of(self).clock
+        if clock is not None and clock.resumes_epoch():
+            # They are those of the batches before the restart.
+            return
         super().reset_metrics()
         entries = runtime_of(self).made_entries
         if entries is not None:
@@ -279,6 +285,8 @@ class TapeTrainer:
         runtime = runtime_of(self)
         if not runtime.evaluating:
             close_windows(runtime)
+            if runtime.clock is not None:
+                runtime.clock.end_epoch()
         # Keras reads the epoch's metrics where the step's logs have their names only.
         names = runtime.entry_names(validation=runtime.evaluating)
         if not isinstance(logs, dict) or not names:
@@ -514,4 +522,4 @@ def _with_clock(callbacks: Any, clock: Clock) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.append(clock)
         return callbacks
-    return [clock, *keras.tree.flatten(callbacks)] if callbacks else [clock]
+    return [*keras.tree.flatten(callbacks), clock] if callbacks else [clock]
