@@ -30,8 +30,9 @@ class GradientTensorBoard(RecordReader):
     `validation` of `keras.callbacks.TensorBoard(log_dir)`.
 
     A step has the number that Keras's callback gives its batch: from 1, counted from the
-    start of the `fit`; after a restart with `BackupAndRestore`, of the first one. With `steps_per_execution` of more than 1 Keras counts executions,
-    and this callback still counts steps.
+    start of the `fit`; after a restart with `BackupAndRestore`, of the first one. With
+    `steps_per_execution` of more than 1 Keras counts executions, and this callback still
+    counts steps.
 
     Args:
         log_dir: a folder, the same as for Keras's callback.

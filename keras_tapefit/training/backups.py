@@ -13,7 +13,6 @@ import shutil
 import warnings
 from typing import Any
 
-import h5py
 import keras
 
 from keras_tapefit.training import files

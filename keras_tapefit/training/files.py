@@ -70,9 +70,7 @@ def _compare(file: Any, seal: np.ndarray) -> None:
         raise ValueError(f"{_DAMAGED} Received: other values in {', '.join(names[:3])}.")
 
 
-_DAMAGED = (
-    "The file is damaged: its values are not those that were saved. Load another copy of it."
-)
+_DAMAGED = "The file is damaged: its values are not those that were saved. Load another copy of it."
 
 
 def _is_one_file(store: Any) -> bool:
