@@ -15,6 +15,7 @@ from keras_tapefit.callbacks.reader import (
     column_names,
 )
 from keras_tapefit.gradients.checks import check_bool
+from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.update.records import Records
 from keras_tapefit.update.watch import RecordRequest
 
@@ -29,8 +30,9 @@ class GradientTensorBoard(RecordReader):
     `validation` of `keras.callbacks.TensorBoard(log_dir)`.
 
     A step has the number that Keras's callback gives its batch: from 1, counted from the
-    start of the `fit`. With `steps_per_execution` of more than 1 Keras counts executions,
-    and this callback still counts steps.
+    start of the `fit`; after a restart with `BackupAndRestore`, of the first one. With
+    `steps_per_execution` of more than 1 Keras counts executions, and this callback still
+    counts steps.
 
     Args:
         log_dir: a folder, the same as for Keras's callback.
@@ -86,7 +88,11 @@ class GradientTensorBoard(RecordReader):
         return RecordRequest(self.per_variable, self.updates, self.histograms_every)
 
     def begin(self, records: Records, step: int) -> None:
-        self._start = step
+        clock = runtime_of(self.model).clock
+        # A training that goes on after a restart counts on from where it began.
+        if clock.first_step is None:
+            clock.first_step = step
+        self._start = clock.first_step
         if _is_chief(self.model):
             _import_tensorboard()
             folder = os.path.join(os.fspath(self.log_dir), "gradients")

@@ -183,4 +183,9 @@ def deserialize_targets(config: Any) -> Targets:
         return config
     if "predicate" in config:
         return keras.saving.deserialize_keras_object(config["predicate"])
+    if not {"paths", "positions"} <= config.keys():
+        raise ValueError(
+            "`targets` in a config must be a glob, or a dictionary with `predicate`, or with "
+            f"`paths` and `positions`. Received: {config!r}."
+        )
     return _SavedTarget(config["paths"], config["positions"])

@@ -4,9 +4,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.hooks.step import LogEntry
+
+# Owns what was restored in the middle of an epoch, until its hook reports it again.
+_RESTORED = object()
 
 
 class LogEntries:
@@ -105,7 +109,7 @@ class LogEntries:
 
     def names(self, owners: Collection[Any], validation: bool = False) -> list[str]:
         """Returns the log entries of some hooks; `None` stands for those of no hook."""
-        ids = {id(owner) for owner in owners}
+        ids = {id(owner) for owner in [*owners, _RESTORED]}
         known = self._of_validation if validation else self._of_training
         return [name for name, owner in self._owners.items() if id(owner) in ids and name in known]
 
@@ -115,8 +119,28 @@ class LogEntries:
         for name in set(self._owners) - kept:
             del self._owners[name], self._entries[name]
 
+    def values(self) -> tuple[list[str], np.ndarray]:
+        """Returns the names of the entries, and their sums and counts, `[2, entries]`."""
+        names = list(self._entries)
+        slots = [self._entries[name][0] for name in names]
+        return names, np.asarray(keras.ops.convert_to_numpy(self.state))[:, slots]
+
+    def restore(self, names: Sequence[str], values: np.ndarray) -> None:
+        """Puts back what `values` gave; the hooks of the names may report them later."""
+        state = np.zeros((2, self.capacity), "float32")
+        for name, column in zip(names, values.T, strict=True):
+            if name not in self._entries:
+                used = {slot for slot, _ in self._entries.values()}
+                slot = next(s for s in range(self.capacity) if s not in used)
+                self._entries[name], self._owners[name] = (slot, "mean"), _RESTORED
+            state[:, self._entries[name][0]] = column
+        self._of_training.update(names)
+        self.state.assign(state)
+
     def reset(self) -> None:
         """Begins a new epoch."""
+        for name in [name for name, owner in self._owners.items() if owner is _RESTORED]:
+            del self._owners[name], self._entries[name]
         self.state.assign(tf.zeros((2, self.capacity)))
 
     def _slot(self, entry: LogEntry) -> int:

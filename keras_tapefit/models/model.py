@@ -16,7 +16,7 @@ import keras
 from keras_tapefit.gradients import layers_of
 from keras_tapefit.models import keras_models
 from keras_tapefit.models.keras_models import KerasFunctional
-from keras_tapefit.training import bare_variables, building, compile_arguments
+from keras_tapefit.training import bare_variables, building, compile_arguments, files
 from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update import loaded_optimizers
@@ -109,6 +109,26 @@ class TapeModel(TapeTrainer, keras.Model):
             adopted = keras_models.adopt(self, variable, make)
             if adopted is not None:
                 held.adopted.append(adopted)
+
+    @functools.wraps(keras.Model.save)
+    def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with files.written_whole(filepath, overwrite) as path:
+            return super().save(path, overwrite, *args, **kwargs)
+
+    @functools.wraps(keras.Model.save_weights)
+    def save_weights(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with files.written_whole(filepath, overwrite) as path:
+            return super().save_weights(path, overwrite, *args, **kwargs)
+
+    @functools.wraps(keras.Model.load_weights)
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        with files.unchanged_on_error(runtime_of(self)):
+            return super().load_weights(*args, **kwargs)
+
+    @functools.wraps(keras.Model.set_weights)
+    def set_weights(self, weights: Any) -> None:
+        with files.unchanged_on_error(runtime_of(self)):
+            super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the model's own variables, as Keras would: bare ones go elsewhere."""

@@ -6,12 +6,17 @@ changes in a step.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_tapefit.training import files
 from keras_tapefit.update import trainable
+
+# After the name of a hook that had no state yet.
+_NEW = ".new"
 
 
 class State(keras.Operation):
@@ -28,7 +33,12 @@ class State(keras.Operation):
     def __init__(self, runtime: Any) -> None:
         super().__init__(name="tapefit_state")
         self._runtime = runtime
-        self._pending: dict[str, np.ndarray] = {}
+        # Loaded, and not given yet: the hook may not be built.
+        self.pending: dict[str, np.ndarray] = {}
+        # The names of hooks whose state a file should have had.
+        self.awaited: set[str] = set()
+        # Of the training that saved the file which was loaded last; see `Clock.progress`.
+        self.progress: dict[str, np.ndarray] | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("State is saved, not called.")
@@ -51,7 +61,7 @@ class State(keras.Operation):
     def _saved(self) -> dict[str, Any]:
         runtime = self._runtime
         found = {
-            f"{hook.name}.{i}.{variable.name}": variable
+            _key(hook, i): variable
             for hook in runtime.hooks
             for i, variable in enumerate(hook.variables)
         }
@@ -100,40 +110,92 @@ class State(keras.Operation):
         return list({id(v): v for v in found}.values())
 
     def save_own_variables(self, store: Any) -> None:
-        for key, value in self._pending.items():
+        for key, value in self.pending.items():
             store[key] = value
         for _, window in self._runtime.windows.named():
             window.gather()
         for key, variable in self._saved().items():
             store[key] = variable.numpy()
+        for hook in self._runtime.hooks:
+            if hook._built_for is None:
+                store[f"{hook.name}{_NEW}"] = np.int64(1)
+        clock = self._runtime.clock
+        if clock is not None and clock.progress is not None:
+            for key, value in clock.values().items():
+                store[f"{files.PROGRESS}.{key}"] = value
+        # Keras saves what has a private name last: all else is in the file by now.
+        seal = files.seal(store)
+        if seal is not None:
+            store[files.SEAL] = seal
 
     def load_own_variables(self, store: Any) -> None:
         given = {key: np.asarray(store[key]) for key in store.keys()}
+        seal = given.pop(files.SEAL, None)
+        if seal is not None:
+            files.check_seal(store, seal)
+        new = {key for key in given if key.endswith(_NEW)}
+        start = f"{files.PROGRESS}."
+        progress = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
+        given = {k: v for k, v in given.items() if k not in new and not k.startswith(start)}
         self._check(given)
-        # Kept until the hook is built: a model may be loaded before it has weights.
-        self._pending = given
+        self.progress = progress or None
+        self.pending = given
+        names = {hook.name for hook in self._runtime.hooks}
+        self.awaited = {name for name in names if f"{name}{_NEW}" not in new}
         self._runtime.windows.loaded()
         self.restore_pending()
 
     def _check(self, given: dict[str, np.ndarray]) -> None:
+        way_out = "Load the file into a model with the same hooks."
         for key, variable in self._saved().items():
-            if key in given and tuple(given[key].shape) != tuple(variable.shape):
+            if key not in given:
+                continue
+            shape, dtype = given[key].shape, given[key].dtype
+            if shape != tuple(variable.shape):
                 raise ValueError(
-                    f"The saved state of {key!r} has shape {given[key].shape}, the hook's "
-                    f"variable {tuple(variable.shape)}. Load the file into a model with the "
-                    "same hooks."
+                    f"The saved state of {key!r} has shape {shape}, the hook's "
+                    f"variable {tuple(variable.shape)}. {way_out}"
                 )
+            if dtype.kind in "OSUmM":
+                raise ValueError(f"The saved state of {key!r} is no number: {dtype}. {way_out}")
+        for name, keys in self._keys_of_hooks().items():
+            lost = [key for key in keys if key not in given]
+            if 0 < len(lost) < len(keys):
+                raise ValueError(
+                    f"The saved state of hook {name!r} is incomplete: {lost[0]!r} is missing. "
+                    f"{way_out}"
+                )
+
+    def _keys_of_hooks(self) -> dict[str, list[str]]:
+        hooks = [hook for hook in self._runtime.hooks if hook.variables]
+        return {h.name: [_key(h, i) for i in range(len(h.variables))] for h in hooks}
 
     def pending_of(self, name: str) -> list[str]:
         """Returns what is loaded and not given yet, of the names that begin so."""
         start = f"{name}."
-        return [key.removeprefix(start) for key in self._pending if key.startswith(start)]
+        return [key.removeprefix(start) for key in self.pending if key.startswith(start)]
 
     def restore_pending(self) -> None:
         """Gives loaded values to the variables that exist by now."""
-        if not self._pending:
+        if not self.pending and not self.awaited:
             return
-        self._check(self._pending)
+        of_hooks = self._keys_of_hooks()
+        lost = [n for n in of_hooks if n in self.awaited and of_hooks[n][0] not in self.pending]
+        if lost:
+            warnings.warn(
+                f"The file that was loaded has no state of the hooks {', '.join(lost)}: they "
+                "begin as if nothing had been trained. Names of hooks must be those that they "
+                "had when the file was saved.",
+                stacklevel=2,
+            )
+        self.awaited -= of_hooks.keys()
+        if self.pending:
+            self._check(self.pending)
         for key, variable in self._saved().items():
-            if key in self._pending:
-                variable.assign(self._pending.pop(key))
+            if key in self.pending:
+                variable.assign(self.pending.pop(key))
+
+
+def _key(hook: Any, place: int) -> str:
+    """Returns the name in files of a variable of a hook's."""
+    return f"{hook.name}.{place}.{hook.variables[place].name}"

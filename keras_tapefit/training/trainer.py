@@ -22,6 +22,7 @@ from keras_tapefit.gradients.layers import named_layers
 from keras_tapefit.hooks import GradientHook, HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_callbacks
 from keras_tapefit.training import (
+    backups,
     building,
     compile_arguments,
     keras_trainer,
@@ -266,10 +267,15 @@ class TapeTrainer:
                 return fit(*args, **kwargs)
             rest = bound.arguments.setdefault(others[0], {})
         rest["callbacks"] = _with_ours(rest.get("callbacks"), self, runtime.clock)
+        runtime.clock.begin(backups.check(rest["callbacks"]))
         return fit(*bound.args, **bound.kwargs)
 
     def reset_metrics(self) -> None:
         """Resets the state of all metrics, and of what hooks report."""
+        clock = runtime_of(self).clock
+        if clock is not None and clock.resumes_epoch():
+            # They are those of the batches before the restart.
+            return
         super().reset_metrics()
         runtime_of(self).logs.reset()
 
@@ -283,6 +289,8 @@ class TapeTrainer:
         runtime = runtime_of(self)
         if not runtime.evaluating:
             close_windows(runtime)
+            if runtime.clock is not None:
+                runtime.clock.end_epoch()
         # Keras reads the epoch's metrics where the step's logs have their names only.
         names = runtime.logs.names(validation=runtime.evaluating)
         if not isinstance(logs, dict) or not names:
@@ -571,4 +579,4 @@ def _with_ours(callbacks: Any, model: Any, clock: Clock) -> Any:
             callbacks.append(callback)
         return callbacks
     given = keras.tree.flatten(callbacks) if callbacks else []
-    return [clock, *given, *last]
+    return [*given, clock, *last]

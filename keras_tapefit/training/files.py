@@ -1,0 +1,153 @@
+"""Files of weights: written whole or not at all, and checked when they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+import tensorflow as tf
+
+# What is in a file besides the state of a model.
+SEAL, PROGRESS = "checksums", "progress"
+
+
+def seal(store: Any) -> np.ndarray | None:
+    """Returns the checksums of all that a file holds so far, as bytes.
+
+    HDF5 has none: a flipped bit would be a weight like any other. A file in several pieces
+    has no seal.
+
+    Args:
+        store: what Keras gives `save_own_variables`.
+    """
+    if not _is_one_file(store):
+        return None
+    return np.frombuffer(json.dumps(_checksums(store.h5_file)).encode(), "uint8")
+
+
+def check_seal(store: Any, seal: np.ndarray) -> None:
+    """Compares a file with its checksums.
+
+    Raises:
+        ValueError: when something in it is not what was written.
+    """
+    if _is_one_file(store):
+        _compare(store.h5_file, seal)
+
+
+def check_file(path: str) -> tuple[int, ...] | None:
+    """Compares a file of weights with its checksums, if it has any.
+
+    Returns:
+        The progress of the training that wrote it; see `Clock.progress`. `None` where it
+        does not say.
+
+    Raises:
+        OSError, ValueError, RuntimeError: when it cannot be read, or is damaged.
+    """
+    with h5py.File(path) as file:
+        state = file.get("_tapefit_state/vars", {})
+        if SEAL in state:
+            _compare(file, np.asarray(state[SEAL]))
+        place = f"{PROGRESS}.place"
+        return tuple(int(n) for n in state[place]) if place in state else None
+
+
+def _compare(file: Any, seal: np.ndarray) -> None:
+    try:
+        expected = json.loads(seal.tobytes())
+    except ValueError:
+        raise ValueError(f"{_DAMAGED} Received: checksums that cannot be read.") from None
+    found = _checksums(file)
+    names = sorted(name for name, value in expected.items() if found.get(name) != value)
+    if names:
+        raise ValueError(f"{_DAMAGED} Received: other values in {', '.join(names[:3])}.")
+
+
+_DAMAGED = "The file is damaged: its values are not those that were saved. Load another copy of it."
+
+
+def _is_one_file(store: Any) -> bool:
+    return type(store).__name__ == "H5IOStore"
+
+
+def _checksums(file: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if hasattr(item, "dtype") and not name.endswith(f"/{SEAL}"):
+            head = f"{item.shape} {item.dtype}".encode()
+            found[name] = zlib.crc32(np.ascontiguousarray(item[()]).tobytes(), zlib.crc32(head))
+
+    file.visititems(visit)
+    return found
+
+
+@contextlib.contextmanager
+def written_whole(path: Any, overwrite: bool) -> Iterator[Any]:
+    """Yields where to write a file, which takes the place of the old one at the end.
+
+    A process that is killed in between leaves the old one as it was.
+
+    Args:
+        path: of the file.
+        overwrite: whether an old one may be replaced without a question.
+    """
+    target = os.path.realpath(path) if isinstance(path, str | os.PathLike) else ""
+    folder, name = os.path.split(target)
+    local = str(path).endswith((".keras", ".h5")) and os.path.isdir(folder)
+    if not local or os.path.isdir(target) or (os.path.exists(target) and not overwrite):
+        yield path
+        return
+    unfinished = os.path.join(folder, f".unfinished-{name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unfinished)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(runtime: Any) -> Iterator[None]:
+    """Puts back all that a model holds where what is done here raises an error.
+
+    Args:
+        runtime: the private side of the model.
+    """
+    state = runtime.state
+    kept = {id(copy): (copy, tf.identity(copy)) for copy in _held(runtime)}
+    pending, awaited = dict(state.pending), set(state.awaited)
+    loaded = [(o, o.__dict__.get("_tapefit_loaded")) for o in runtime.optimizers()]
+    try:
+        yield
+    except BaseException:
+        for copy, before in kept.values():
+            copy.assign(before)
+        for copy in _held(runtime):
+            if id(copy) not in kept:
+                # Room that was made for a window.
+                copy.assign(tf.zeros_like(copy))
+        state.pending, state.awaited = pending, awaited
+        for optimizer, before in loaded:
+            optimizer.__dict__.pop("_tapefit_loaded", None)
+            if before is not None:
+                optimizer.__dict__["_tapefit_loaded"] = before
+        raise
+
+
+def _held(runtime: Any) -> list[Any]:
+    """Returns the variables of a model, each replica's copy by itself."""
+    model = runtime.model
+    found = [*model.variables, *model.metrics_variables, *runtime.state.variables().values()]
+    for optimizer in runtime.optimizers():
+        found += optimizer.variables
+    values = (v if isinstance(v, tf.Variable) else v.value for v in found)
+    copies = [copy for value in values for copy in getattr(value, "values", [value])]
+    return list({id(copy): copy for copy in copies}.values())
