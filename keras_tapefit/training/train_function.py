@@ -97,7 +97,7 @@ class TrainFunction(TracedFunction):
         runtime = self._runtime
         if self._clock.resumes_epoch():
             self._clock.pass_over(iterator)
-            return {**self._model.get_metrics_result(), **runtime.logged()}
+            return {**self._model.get_metrics_result(), **runtime.logs.results()}
         if self.may_run_out:
             # A step without a batch would count as one all the same.
             iterator = _fetched(iterator, self._model.steps_per_execution)
