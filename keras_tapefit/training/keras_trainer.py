@@ -54,7 +54,8 @@ def track_loss(model: Any, loss: Any, examples: Any, all_examples: Any) -> None:
     """
     if replicas.count() > 1:
         # The shares add up to the loss, whatever each replica's part is.
-        loss = tf.math.multiply_no_nan(loss, tf.math.divide_no_nan(all_examples, examples))
+        factor = tf.math.divide_no_nan(all_examples, examples)
+        loss = tf.math.multiply_no_nan(loss, tf.cast(factor, loss.dtype))
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 

@@ -98,17 +98,25 @@ def _distance(found: Any, right: Any) -> float:
 
 
 def measure(rows: list[Row]) -> list[tuple[Row, str | dict[str, float]]]:
-    """Returns each row with its distances, or with the words in which it is refused."""
+    """Returns each row with its distances, or with the words in which it is refused.
+
+    A row that fails is infinitely far off, and is printed with its error.
+    """
     results: list[tuple[Row, str | dict[str, float]]] = []
     for number, row in enumerate(rows):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 outcome: str | dict[str, float] = compare(row, pathlib.Path(folder))
-            except ValueError as error:
-                if not any(re.search(match, str(error)) for match in array.refused(row)):
-                    raise
-                outcome = str(error)
+            except Exception as error:
+                is_refusal = isinstance(error, ValueError) and any(
+                    re.search(match, str(error)) for match in array.refused(row)
+                )
+                outcome = str(error) if is_refusal else {"weights": np.inf}
+                if not is_refusal:
+                    print(f"{type(error).__name__}: {str(error)[:2000]}", flush=True)
+        if isinstance(outcome, dict) and max(outcome.values()) >= 1.0:
+            print({name: float(v) for name, v in outcome.items() if not v < 1.0}, flush=True)
         worst = "refused" if isinstance(outcome, str) else f"{max(outcome.values()):.2f}"
         print(f"{number + 1}/{len(rows)} {array.identity(row)}: {worst}", flush=True)
         results.append((row, outcome))
@@ -192,6 +200,9 @@ def main() -> None:
     rows = array.pairs() if arguments.strength == 2 else array.cover(arguments.strength)
     results = measure(list(itertools.islice(rows, arguments.rows)))
     text = page(results)
+    wrong = sum(not isinstance(o, str) and not max(o.values()) < 1.0 for _, o in results)
+    if wrong:
+        raise SystemExit(f"{wrong} of {len(results)} trainings are not equal to the reference.")
     if arguments.strength > 2 or arguments.rows is not None:
         print(text)
         return
