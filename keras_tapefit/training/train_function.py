@@ -159,14 +159,14 @@ class TrainFunction(TracedFunction):
             warnings.warn(finding, stacklevel=4)
 
     def _settle(self, key: Any) -> None:
-        """Remembers a trace under the flags of a model that its first call completed."""
+        """Remembers a trace under the flags and windows that its first call completed."""
         if key == self._current:
             return
         self._flags = None
         if not self._model.built and building.parts_are_built(self._model):
             self._model.built = True
         settled = self._key()
-        if settled[0] != key[0] and settled[1] == key[1] and key in self._traces:
+        if settled != key and settled[1][:2] == key[1][:2] and key in self._traces:
             self._traces.setdefault(settled, self._traces[key])
         self._current = settled
 
