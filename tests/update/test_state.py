@@ -18,7 +18,7 @@ X = np.random.default_rng(0).normal(size=(24, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(24, 2)).astype("float32")
 
 EVERY_HOOK = [
-    lambda: hooks.SkipNonFinite(max_consecutive=5),
+    lambda: hooks.SkipNonFinite(max_consecutive=5, locate=True),
     lambda: hooks.SkipSpikes(),
     lambda: hooks.ZeroNonFinite(),
     lambda: hooks.GlobalNormClipping(1.0),
@@ -38,6 +38,8 @@ EVERY_HOOK = [
     lambda: hooks.GradientMonitor(),
     lambda: hooks.UpdateMonitor(),
     lambda: hooks.NoiseScale(),
+    lambda: hooks.OutputGradient(lambda gradient, layer: gradient),
+    lambda: hooks.OutputMonitor(),
 ]
 
 
