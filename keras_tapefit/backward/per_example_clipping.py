@@ -140,7 +140,7 @@ class PerExampleClipping(GradientMethod):
         examples = objective.sum_over_replicas(tf.cast(size, tf.float32))
         lot = examples if self.expected_batch_size is None else self.expected_batch_size
         scale, _ = objective.loss_scale()
-        factor = (1.0 if scale is None else tf.cast(scale, tf.float32)) / tf.cast(lot, tf.float32)
+        factor = tf.cast(1.0 if scale is None else scale, tf.float64) / tf.cast(lot, tf.float64)
         noise = self._noise(objective, variables)
 
         def finished(total: Any, noise: tf.Tensor, variable: Any) -> Any:
@@ -158,6 +158,7 @@ class PerExampleClipping(GradientMethod):
         return computed
 
     def _say(self, reason: str) -> None:
+        # Once, not at each trace.
         if reason != self.fell_back:
             _logger.warning(
                 "PerExampleClipping takes the gradient of each example apart, which is slow: %s.",
