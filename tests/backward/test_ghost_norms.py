@@ -222,10 +222,10 @@ def masked():
 
 
 LOSSES = {
-    "masked": keras.losses.SparseCategoricalCrossentropy(),
-    "ignored": keras.losses.SparseCategoricalCrossentropy(ignore_class=1),
-    "sum": keras.losses.SparseCategoricalCrossentropy(reduction="sum"),
-    "weighted": keras.losses.SparseCategoricalCrossentropy(reduction="mean_with_sample_weight"),
+    "masked": {},
+    "ignored": {"ignore_class": 1},
+    "sum": {"reduction": "sum"},
+    "weighted": {"reduction": "mean_with_sample_weight"},
 }
 
 
@@ -239,11 +239,8 @@ def test_losses_of_a_batch_of_one(name, weighted, float64):
     keras.utils.set_random_seed(1)
     model = masked()
     method = backward.PerExampleClipping(0.25)
-    model.compile("sgd", LOSSES[name], backward=method)
-
-    def loss(y, outputs, weight):
-        return LOSSES[name](y, outputs, weight)
-
+    loss = keras.losses.SparseCategoricalCrossentropy(**LOSSES[name])
+    model.compile("sgd", loss, backward=method)
     expected, _ = loop(model, loss, x, y, 0.25, weights)
     found = model.compute_gradients(x, y, weights)
     assert method.fell_back is None
@@ -340,7 +337,9 @@ def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     ours = [r.getMessage() for r in caplog.records if r.name == "keras_tapefit"]
     assert len(ours) == 1 and text in ours[0]
     for variable, wanted in zip(model.trainable_variables, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(found[variable]), wanted, rtol=1e-4, atol=1e-6)
+        gradient = found[variable]
+        gradient = np.zeros(variable.shape) if gradient is None else np.asarray(gradient)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_slow_way_of_a_block_does_not_end_the_process():
