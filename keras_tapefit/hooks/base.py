@@ -72,6 +72,7 @@ class GradientHook:
     uses_parts: ClassVar[bool] = False
     uses_step_count: bool = False
     _watches_outputs: bool = False
+    _gate: Any = None
     keeps_state: ClassVar[tuple[str, ...]] = ()
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
@@ -442,6 +443,21 @@ class GradientHook:
         Args:
             gradients: of the hook's variables that are being trained.
         """
+
+    @property
+    def _trace_key(self) -> Any:
+        """What of the hook decides a trace."""
+        return self._structure
+
+    @property
+    def _kept_when_skipped(self) -> list[keras.Variable]:
+        """The state that a skipped step keeps."""
+        return self._lasting
+
+    @property
+    def _watcher(self) -> Any:
+        """Who looks at the outputs of layers: the hook itself."""
+        return self
 
     def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
         """Returns the layers of the model whose outputs the hook looks at."""

@@ -152,7 +152,10 @@ class OutputGradient(OutputHook):
         return True
 
     def _replaced(self, gradient: tf.Tensor, path: str, layer: Any) -> Any:
-        return self.fn(gradient, layer)
+        result = self.fn(gradient, layer)
+        if self._gate is None or not tf.is_tensor(result):
+            return result
+        return tf.where(self._gate.is_active(), tf.cast(result, gradient.dtype), gradient)
 
 
 def _check_takes_two(fn: Callable[..., Any]) -> None:

@@ -74,9 +74,7 @@ class ModelObjective:
     def forward(self, batch: Batch) -> Forward:
         return self._forward(batch, contextlib.nullcontext)
 
-    def _forward(
-        self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
-    ) -> Forward:
+    def _forward(self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]) -> Forward:
         examples, counts = self._examples(batch)
         with self._undone_unless(counts), losses.undivided(), self._tapped() as taps:
             with around():

@@ -167,7 +167,9 @@ def middle_norm(name, loss, y):
     model, x = built(name, None)
     norms = [loop(model, loss, x[i : i + 1], y[i : i + 1], 1e9)[0] for i in range(SIZE)]
     # A number that float32 has too, in which the method keeps it.
-    return float(np.float32(np.median([np.sqrt(sum(np.sum(g**2) for g in found)) for found in norms])))
+    return float(
+        np.float32(np.median([np.sqrt(sum(np.sum(g**2) for g in found)) for found in norms]))
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -253,7 +255,9 @@ def test_several_outputs_with_weights(float64):
     hidden = layers.Dense(4, "tanh")(inputs)
     model = TapeModel(inputs, {"a": layers.Dense(1)(hidden), "b": layers.Dense(2)(hidden)})
     method = backward.PerExampleClipping(0.25)
-    model.compile("sgd", {"a": "mse", "b": "mae"}, loss_weights={"a": 0.3, "b": 2.0}, backward=method)
+    model.compile(
+        "sgd", {"a": "mse", "b": "mae"}, loss_weights={"a": 0.3, "b": 2.0}, backward=method
+    )
     x, y = floats(5), {"a": floats(1), "b": floats(2)}
     total = None
     for i in range(SIZE):
@@ -322,7 +326,9 @@ def fallen(name):
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", ["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"])
+@pytest.mark.parametrize(
+    "name", ["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"]
+)
 def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     keras.utils.set_random_seed(0)
     model, text = fallen(name)
@@ -358,7 +364,9 @@ def test_the_slow_way_of_a_block_does_not_end_the_process():
 @pytest.mark.parametrize("size", [1e25, 1e-25])
 def test_norms_neither_overflow_nor_underflow(size):
     keras.utils.set_random_seed(0)
-    model = TapeSequential([keras.Input((3, 4)), layers.Dense(8), layers.Flatten(), layers.Dense(1)])
+    model = TapeSequential(
+        [keras.Input((3, 4)), layers.Dense(8), layers.Flatten(), layers.Dense(1)]
+    )
     x, y = floats(3, 4).astype("float32"), floats(1).astype("float32")
     for chosen in (1.0, size):
         method = backward.PerExampleClipping(0.5 * chosen)
