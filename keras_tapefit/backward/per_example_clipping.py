@@ -50,17 +50,24 @@ class PerExampleClipping(GradientMethod):
     variables being trained. An example whose gradient is not finite counts as zero.
     The noise comes once for the whole batch: on several replicas from the first one.
 
-    Every example has a gradient in memory of its own, so `chunk_size` bounds the memory
-    where `micro_batches` cannot. One more forward pass, on the whole batch, is what
-    outputs, metrics, logs and random seeds come from. Examples must not influence each
-    other: BatchNormalization that trains, `MixUp`, `CutMix` and stateful recurrent
-    layers are refused, and layers of one's own that do so must be left out. Recurrent
-    layers must be made with `unroll=True`. With
+    Norms come from the inputs of layers and the gradients at their outputs, and the
+    clipped sum from the same: one forward and one backward pass on the whole batch, and no
+    gradient of a single example in memory. That is known for Dense, EinsumDense (and
+    attention, which is made of it), Conv1D to Conv3D, Embedding and LayerNormalization,
+    with Keras's own losses. For a model with other weights that are trained, or another
+    loss, every example has a gradient of its own, by one more forward pass each; `fell_back`
+    says why, and a log message once. `chunk_size` then bounds the memory, which
+    `micro_batches` cannot, and recurrent layers must be made with `unroll=True`.
+
+    Examples must not influence each other: BatchNormalization that trains, `MixUp`,
+    `CutMix` and stateful recurrent layers are refused, and custom layers that do so must be
+    left out. The log entry `clipped_examples` is the share of examples that were clipped. With
     `gradient_accumulation_steps` every step is a lot of its own, with noise of its own.
     With a dynamic loss scale, an overflow in any example skips the step.
 
     Reference: Abadi et al., 2016, "Deep learning with differential privacy",
-    arXiv:1607.00133.
+    arXiv:1607.00133; for the norms Goodfellow, 2015, arXiv:1510.01799, Li et al., 2022,
+    arXiv:2110.05679, and Bu et al., 2022, arXiv:2205.10683.
 
     Args:
         max_norm: `C`, the largest norm that the gradient of an example keeps. May be
@@ -69,10 +76,14 @@ class PerExampleClipping(GradientMethod):
             `max_norm`. May be assigned at any time.
         expected_batch_size: `L`, the number of examples expected in the batch of all
             replicas. `None`: the number there are, which tells how many there are.
-        chunk_size: the number of examples whose gradients are in memory at a time.
-            `None`: all of the batch.
+        chunk_size: the number of examples whose gradients are in memory at a time, where
+            they are computed one by one. `None`: all of the batch.
         seed: an integer, which the noise depends on together with the number of updates
             made. `None`: one drawn anew each time the object is made, and not saved.
+
+    Attributes:
+        fell_back: why gradients of examples were computed one by one, a text; `None`: they
+            were not, or there was no step yet.
 
     Raises:
         TypeError: when an argument is of the wrong type.

@@ -174,10 +174,14 @@ class GradientHook:
         return self.__copy__()
 
     def __repr__(self) -> str:
-        shown = []
+        shown: list[str] = []
+        seen: list[str] = []
         for argument in _init_arguments(type(self)):
             value = self._name if argument == "name" else self.__dict__.get(argument)
-            if value is not None:
+            # Options after the name are shown where they are on.
+            is_off = value is None or (value is False and "name" in seen)
+            seen.append(argument)
+            if not is_off:
                 shown.append(f"{argument}={_shown(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
