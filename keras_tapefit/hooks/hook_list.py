@@ -282,12 +282,12 @@ class HookList(MutableSequence[GradientHook]):
 
     def undone_variables(self) -> list[Any]:
         """Returns the state that a rejected step must not change."""
-        lasting = {id(v) for hook in self._hooks for v in hook._lasting}
+        lasting = {id(v) for hook in self._hooks for v in hook._kept_when_skipped}
         return [v for hook in self._hooks for v in hook.variables if id(v) not in lasting]
 
-    def structure(self) -> tuple[tuple[GradientHook, int], ...]:
+    def structure(self) -> tuple[tuple[GradientHook, Any], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
-        return tuple((hook, hook._structure) for hook in self._hooks)
+        return tuple((hook, hook._trace_key) for hook in self._hooks)
 
     def prepare(
         self,

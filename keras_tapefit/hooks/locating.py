@@ -207,7 +207,9 @@ def _bad(place: Place, size: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     rows = tf.reduce_any(bad, axis=list(range(1, bad.shape.rank)))
     # The first axis need not be that of the examples.
     is_batch = tf.cast(tf.shape(rows)[0], tf.int64) == size
-    return tf.reduce_any(rows), tf.concat([rows, none], axis=0)[: tf.cast(size, tf.int32)] & is_batch
+    return tf.reduce_any(rows), tf.concat([rows, none], axis=0)[
+        : tf.cast(size, tf.int32)
+    ] & is_batch
 
 
 def _examples(
@@ -233,9 +235,7 @@ def _examples(
     if outputs.num_replicas > 1:
         mine = tf.one_hot(outputs.replica, outputs.num_replicas, dtype=tf.int64)
         sizes, counts = tf.unstack(outputs.sum_over(tf.stack([mine * size, mine * count])))
-        before = tf.reduce_sum(
-            tf.where(tf.range(outputs.num_replicas) < outputs.replica, sizes, 0)
-        )
+        before = tf.reduce_sum(tf.where(tf.range(outputs.num_replicas) < outputs.replica, sizes, 0))
         own = _leading(tf.where(numbers > 0, numbers + before, 0))
         numbers = tf.reshape(outputs.sum_over(mine[:, None] * own), [-1])
         count = tf.reduce_sum(counts)

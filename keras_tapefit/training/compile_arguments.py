@@ -16,6 +16,7 @@ from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.training import building, keras_trainer
 from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.update import trainable
 
 Compile = TypeVar("Compile", bound=Callable[..., None])
 # Asked for here: `keras.Model` may be another class later, in tests that swap it.
@@ -112,6 +113,9 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
     frozen = [i for i, v in enumerate(runtime.candidates()) if not v.trainable]
     if frozen:
         config["frozen"] = frozen
+        running = trainable.running_statistics(runtime.model)
+        if running:
+            config["running"] = running
     return config
 
 

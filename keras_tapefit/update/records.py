@@ -147,8 +147,12 @@ class Records:
         for variable in self._kept:
             parts.append(tf.reshape(tf.cast(variable.value, tf.float32), [-1]))
         if self.entries:
-            values = {entry.name: entry.value for entry in entries}
             missing = tf.constant(float("nan"))
+            values = {
+                # Of no weight is what a hook says of a step in which it does not act.
+                e.name: tf.where(tf.cast(e.weight, tf.float32) > 0.0, e.value, missing)
+                for e in entries
+            }
             parts.append(tf.stack([values.get(name, missing) for name in self.entries]))
         _put(self._rows, self.counter.value % self.size, tf.concat(parts, axis=0))
         if self.num_histograms:

@@ -229,6 +229,29 @@ def methods(rounds: int) -> Lines:
     yield "the loop against `PerExampleClipping`", *times, "5 times", "", ""
 
 
+def by_example(rounds: int) -> Lines:
+    """Steps with `PerExampleClipping` and with hooks that look at every layer's output,
+    against a plain step of `TapeModel`, all with Adam."""
+    yield "workload", "with", "CPU", "wall", "goal", "CPU ms", "plain"
+    cases = (
+        (workloads.conv_classifier(), ("1.25", "2.00", "", ""), 3),
+        (workloads.transformer(), ("1.15", "1.70", "", ""), 3),
+        (workloads.mlp(), ("1.15", "2.20", "", ""), 20),
+    )
+    for workload, goals, number in cases:
+        given: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "`PerExampleClipping(1.0)`": {"backward": backward.PerExampleClipping(1.0)},
+            "`PerExampleClipping(1.0, 1.0)`": {"backward": backward.PerExampleClipping(1.0, 1.0)},
+            "`OutputMonitor()`": {"gradient_hooks": [hooks.OutputMonitor()]},
+            "`SkipNonFinite(locate=True)`": {"gradient_hooks": [hooks.SkipNonFinite(locate=True)]},
+        }
+        models = {k: compiled(workload, TapeModel, "adam", **v) for k, v in given.items()}
+        found = timing.in_turns(runs_of(workload, models, number), rounds, number)
+        for side, goal in zip(list(found)[1:], goals, strict=True):
+            yield line(workload.name, side, goal, found[side])
+
+
 def one_by_one(workload: Any, number: int) -> Callable[[], None]:
     """Returns the plain way to clip the gradient of each example."""
     model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
@@ -365,6 +388,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Lines]]] = {
     "freezing": ("Freezing", freezing),
     "overhead": ("What `fit` costs around the steps", overhead),
     "methods": ("Ways to get gradients", methods),
+    "by-example": ("Example by example, and inside the backward pass", by_example),
     "growth": ("Growth with the number of variables", growth),
     "scale": ("Growth with the number of parameters", scale),
     "memory": ("Memory of micro-batches", memory),
