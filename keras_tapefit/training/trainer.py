@@ -394,6 +394,7 @@ class TapeTrainer:
                 "`with strategy.scope():`, or inside `strategy.run`."
             )
         batch = keras.tree.map_structure(keras_trainer.as_tensor, (x, y, sample_weight))
+        keras_trainer.check_batch(batch)
         if not self.built:
             keras_trainer.build(self, batch)
         runtime.prepare()
@@ -428,6 +429,8 @@ class TapeTrainer:
         if not isinstance(gradients, Gradients):
             gradients = Gradients(gradients)
         runtime = runtime_of(self)
+        if len({id(variable) for variable in gradients.variables}) < len(gradients):
+            raise ValueError("`apply_gradients` got two gradients of one variable. Add them first.")
         prepare_optimizer(runtime, self.optimizer, gradients.variables)
         opened = open_step(runtime)
         step = opened or CustomStep(runtime)
