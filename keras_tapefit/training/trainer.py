@@ -236,8 +236,9 @@ class TapeTrainer:
         if iterator is None or not strategies.needs_own_build(self):
             if not keras_trainer.is_built(self):
                 keras_trainer.build_from_spec(self, iterator, data_batch)
-            elif runtime.trace_source is not None:
-                # A trace that is kept must not be what makes losses and metrics.
+            elif runtime.trace_source is not None or runtime.clock_restores():
+                # A trace that is kept must not be what makes losses and metrics, and those of
+                # an epoch that is continued have values before the first step.
                 keras_trainer.build_losses(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
