@@ -46,6 +46,7 @@ class GradientCSV(RecordReader):
     """
 
     _of_training: tuple[str, ...] = ("_model", "_records", "_file")
+    _file: Any = None
 
     def __init__(
         self,
@@ -55,7 +56,6 @@ class GradientCSV(RecordReader):
         per_layer: bool = False,
     ) -> None:
         super().__init__()
-        self._file: Any = None
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"`path` must be a path. Received: path={path!r}.")
         self.path = path
@@ -123,11 +123,11 @@ def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
     """Returns the rows of a file that a training continues from.
 
     Raises:
-        ValueError: when there are any, and the file has other columns.
+        ValueError: when there are any, and the file has other columns, or a row that is none.
     """
     if step == 0 or not os.path.exists(path):
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
     # A row without an end was being written when the training was interrupted.
     rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
@@ -139,4 +139,11 @@ def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
             "other columns. Move it away, or pass the same `per_variable`, `updates` "
             "and `per_layer` as before."
         )
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(header) or not (row[0].isdecimal() and row[1].isdecimal()):
+            raise ValueError(
+                f"The training goes on at step {step}, and line {number} of the file "
+                f"{os.fspath(path)!r} is no record of a step. Take it out, or move the file "
+                f"away. Received: {','.join(row)[:80]!r}."
+            )
     return [row for row in rows[1:] if int(row[0]) < step]

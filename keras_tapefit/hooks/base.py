@@ -379,7 +379,10 @@ class GradientHook:
             raise ValueError(
                 f"`reduction` must be 'mean' or 'sum'. Received: reduction={reduction!r}."
             )
-        value = tf.cast(tf.convert_to_tensor(value), tf.float32)
+        value = tf.convert_to_tensor(value)
+        if value.dtype == tf.string:
+            raise TypeError(f"The log entry {name!r} must be a number. Received: {value!r}.")
+        value = tf.cast(value, tf.float32)
         if value.shape.rank not in (0, None):
             raise ValueError(
                 f"The log entry {name!r} of hook {self.name!r} must be a scalar. "

@@ -65,6 +65,8 @@ class HookList(MutableSequence[GradientHook]):
         _take_in(hook, name)
 
     def extend(self, values: Iterable[Any]) -> None:
+        if not isinstance(values, Iterable):
+            raise TypeError(f"Hooks must be in a list. Received: {values!r}.")
         hooks = [as_hook(value) for value in values]
         for hook in hooks:
             _check_is_free(hook)
@@ -446,10 +448,20 @@ def check_callbacks(callbacks: Any) -> None:
                 f"Received: {value!r}."
             )
         is_class = isinstance(value, type) and issubclass(value, GradientHook)
+        if isinstance(value, type) and issubclass(value, keras.callbacks.Callback):
+            raise TypeError(
+                f"A callback must be an instance. Did you mean `{value.__name__}(...)`? "
+                f"Received: {value!r}."
+            )
         if is_class or isinstance(value, GradientHook | HookList):
             raise TypeError(
                 f"{value!r} is a gradient hook and no callback. Pass it to "
                 "`compile(gradient_hooks=[...])` or `model.register_gradient_hook(...)`."
+            )
+        if value is not None and not hasattr(value, "set_model"):
+            raise TypeError(
+                "`callbacks` must be a list of `keras.callbacks.Callback`. "
+                f"Received: {value!r} (of type {type(value).__name__})."
             )
 
 

@@ -60,7 +60,9 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
             can have, or the model's strategy cannot train it.
     """
     check_count("micro_batches", micro_batches)
-    if isinstance(jit_compile, str) and jit_compile not in ("auto", "update"):
+    if not (jit_compile is None or isinstance(jit_compile, bool)) and (
+        jit_compile not in ("auto", "update")
+    ):
         raise ValueError(
             "`jit_compile` must be True, False, 'auto' or 'update'. "
             f"Received: jit_compile={jit_compile!r}."

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import h5py
@@ -130,9 +130,9 @@ def unchanged_on_error(runtime: Any) -> Iterator[None]:
     except BaseException:
         for copy, before in kept.values():
             copy.assign(before)
-        for copy in _held(runtime):
+        for copy in _copies(v for _, w in runtime.windows.named() for v in w.variables.values()):
             if id(copy) not in kept:
-                # Room that was made for a window.
+                # Room that was made for what is not there.
                 copy.assign(tf.zeros_like(copy))
         state.pending, state.awaited = pending, awaited
         for optimizer, before in loaded:
@@ -148,6 +148,10 @@ def _held(runtime: Any) -> list[Any]:
     found = [*model.variables, *model.metrics_variables, *runtime.state.variables().values()]
     for optimizer in runtime.optimizers():
         found += optimizer.variables
-    values = (v if isinstance(v, tf.Variable) else v.value for v in found)
+    return _copies(found)
+
+
+def _copies(variables: Iterable[Any]) -> list[Any]:
+    values = (v if isinstance(v, tf.Variable) else v.value for v in variables)
     copies = [copy for value in values for copy in getattr(value, "values", [value])]
     return list({id(copy): copy for copy in copies}.values())

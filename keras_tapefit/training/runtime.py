@@ -165,6 +165,10 @@ class Runtime:
         self.hooks.see_outputs(outputs, step)
         return step.entries
 
+    def clock_restores(self) -> bool:
+        """Whether this `fit` may continue another one."""
+        return self.clock is not None and self.clock.restores
+
     def may_reject(self) -> bool:
         """Whether a step can be skipped as a whole."""
         return any(may_reject(optimizer, self.hooks) for optimizer in self.optimizers()) or (

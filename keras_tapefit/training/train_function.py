@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_tapefit.training import building, custom_steps, strategies
+from keras_tapefit.training import building, custom_steps, files, strategies
 from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers
@@ -106,7 +106,10 @@ class TrainFunction(TracedFunction):
         key = self._key()
         if key != self._current:
             self._begin(key)
-        with self._listening():
+        # Without a graph, what raises in a step may come after a part of it.
+        eager = self._model.run_eagerly
+        undoing = files.unchanged_on_error(runtime) if eager else contextlib.nullcontext()
+        with self._listening(), undoing:
             logs = self._function(key)(iterator)
         runtime.check_hooks()
         self._settle(key)

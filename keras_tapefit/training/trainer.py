@@ -240,8 +240,9 @@ class TapeTrainer:
         if iterator is None or not strategies.needs_own_build(self):
             if not keras_trainer.is_built(self):
                 keras_trainer.build_from_spec(self, iterator, data_batch)
-            elif runtime.trace_source is not None:
-                # A trace that is kept must not be what makes losses and metrics.
+            elif runtime.trace_source is not None or runtime.clock_restores():
+                # A trace that is kept must not be what makes losses and metrics, and those of
+                # an epoch that is continued have values before the first step.
                 keras_trainer.build_losses(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
@@ -451,6 +452,7 @@ class TapeTrainer:
                 "`with strategy.scope():`, or inside `strategy.run`."
             )
         batch = keras.tree.map_structure(keras_trainer.as_tensor, batch)
+        keras_trainer.check_batch(batch)
         if not self.built:
             keras_trainer.build(self, batch)
         runtime.prepare()
@@ -488,6 +490,8 @@ class TapeTrainer:
         if not isinstance(gradients, Gradients):
             gradients = Gradients(gradients)
         runtime = runtime_of(self)
+        if len({id(variable) for variable in gradients.variables}) < len(gradients):
+            raise ValueError("`apply_gradients` got two gradients of one variable. Add them first.")
         prepare_optimizer(runtime, self.optimizer, gradients.variables)
         opened = open_step(runtime)
         step = opened or CustomStep(runtime)
