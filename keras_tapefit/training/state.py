@@ -124,15 +124,11 @@ class State(keras.Operation):
             # In HDF5 a slash begins a group.
             store[key.replace("/", _SLASH)] = value
         # Keras saves what has a private name last: all else is in the file by now.
-        seal = files.seal(store)
-        if seal is not None:
-            store[files.SEAL] = seal
+        files.seal(store)
 
     def load_own_variables(self, store: Any) -> None:
+        files.check_seal(store)
         given = {key.replace(_SLASH, "/"): np.asarray(store[key]) for key in store.keys()}
-        seal = given.pop(files.SEAL, None)
-        if seal is not None:
-            files.check_seal(store, seal)
         new = {key for key in given if key.endswith(_NEW)}
         start = f"{files.PROGRESS}."
         progress = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
