@@ -25,6 +25,7 @@ OTHERS = ("keras.src", "keras_tuner.src", "tensorflow.python")
 # Public names of Python that look private, and the one by which notebooks show objects.
 OURS = {
     "gradients/gradients.py": {"_values"},
+    "hooks/during.py": {"_name"},
     "hooks/hook_list.py": {"_name", "_structure"},
     "hooks/number.py": {"_structure"},
 }
