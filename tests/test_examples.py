@@ -291,7 +291,7 @@ def test_tune(run, tmp_path):
 def test_find_nan(run):
     _, lines = run("find_nan")
 
-    assert [line for line in lines if line.startswith("skipped")] == [
+    assert [line for line in lines if line.startswith("skipped steps")] == [
         "skipped steps: 2",
         "skipped steps: 0",
     ]

@@ -339,7 +339,8 @@ def _windows(layer: Any, x: tf.Tensor, gradient: tf.Tensor) -> Iterator[tf.Tenso
         padding.append((before, max(needed - before, 0)))
     x = tf.pad(x, [(0, 0), *padding, (0, 0)])
     for number in range(math.prod(layer.kernel_size)):
-        place, rest = [], number
+        place: list[int] = []
+        rest = number
         for k in reversed(layer.kernel_size):
             place.insert(0, rest % k)
             rest //= k

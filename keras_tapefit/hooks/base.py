@@ -79,7 +79,6 @@ class GradientHook:
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     uses_step_count: bool = False
-    _watches_outputs: bool = False
     _gate: Any = None
     keeps_state: ClassVar[tuple[str, ...]] = ()
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
@@ -473,6 +472,11 @@ class GradientHook:
     def _watcher(self) -> Any:
         """Who looks at the outputs of layers: the hook itself."""
         return self
+
+    @property
+    def _watches_outputs(self) -> bool:
+        """Whether it looks at what layers return."""
+        return False
 
     def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
         """Returns the layers of the model whose outputs the hook looks at."""

@@ -101,16 +101,16 @@ class During(GradientHook):
         self.hook._check_arguments()
 
     # What the hook is asked, and answers through this one.
-    may_skip_steps = property(lambda self: self.hook.may_skip_steps)  # type: ignore[assignment]
-    uses_loss = property(lambda self: self.hook.uses_loss)  # type: ignore[assignment]
-    uses_parts = property(lambda self: self.hook.uses_parts)  # type: ignore[assignment]
-    watches_update = property(lambda self: self.hook.watches_update)  # type: ignore[assignment]
-    watches_validation = property(lambda self: self.hook.watches_validation)  # type: ignore[assignment]
-    _watches_outputs = property(lambda self: self.hook._watches_outputs)  # type: ignore[assignment]
-    _names_layers = property(lambda self: self.hook._names_layers)  # type: ignore[assignment]
-    _replaces_outputs = property(lambda self: self.hook._replaces_outputs)  # type: ignore[assignment]
-    _trace_key = property(lambda self: (self._structure, self.hook._trace_key))  # type: ignore[assignment]
-    _watcher = property(lambda self: self.hook)  # type: ignore[assignment]
+    may_skip_steps = property(lambda self: self.hook.may_skip_steps)
+    uses_loss = property(lambda self: self.hook.uses_loss)
+    uses_parts = property(lambda self: self.hook.uses_parts)
+    watches_update = property(lambda self: self.hook.watches_update)
+    watches_validation = property(lambda self: self.hook.watches_validation)
+    _watches_outputs = property(lambda self: self.hook._watches_outputs)
+    _names_layers = property(lambda self: self.hook._names_layers)
+    _replaces_outputs = property(lambda self: self.hook._replaces_outputs)
+    _trace_key = property(lambda self: (self._structure, self.hook._trace_key))
+    _watcher = property(lambda self: self.hook)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -144,7 +144,7 @@ class During(GradientHook):
         self.hook._leave()
 
     @property
-    def targets(self) -> Any:  # type: ignore[override]
+    def targets(self) -> Any:
         """Those of the hook."""
         return self.hook.targets
 

@@ -91,8 +91,9 @@ class SkipNonFinite(GradientHook):
 
         `None`: nowhere yet, or it is not looked for. Waits for the device.
         """
-        found = self._locator is not None and self._built_for is not None
-        return self._locator.text(self._layers) if found else None
+        if self._locator is None or self._built_for is None:
+            return None
+        return self._locator.text(self._layers)
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:

@@ -22,15 +22,15 @@ class Place(NamedTuple):
 
     Attributes:
         kind: one of the numbers above, in the order in which a step computes them.
-        index: of the input, the variable or the layer.
+        number: of the input, the variable or the layer.
         call: the number of the call of the layer.
-        passes_back: the index of the only layer that takes the output, whose backward pass
+        passes_back: the number of the only layer that takes the output, whose backward pass
             gives the gradient there; −1: none, or several.
         value: a tensor; `None` in a description.
     """
 
     kind: int
-    index: int
+    number: int
     call: int = 0
     passes_back: int = -1
     value: Any = None
@@ -162,7 +162,7 @@ def describe(place: Place, layers: Sequence[str], variables: Sequence[str]) -> s
         layers: the paths of the layers.
         variables: the paths of the weights.
     """
-    kind, index, call = place.kind, place.index, place.call
+    kind, index, call = place.kind, place.number, place.call
     if kind == INPUT:
         return f"in the data: `{_PARTS_OF_BATCH[index]}`"
     if kind == WEIGHT:

@@ -27,8 +27,6 @@ class OutputHook(GradientHook):
         name: the hook's name.
     """
 
-    _watches_outputs = True
-
     def __init__(self, layers: Any = None, name: str | None = None) -> None:
         super().__init__(name=name)
         for layer in _as_list(layers):
@@ -42,6 +40,10 @@ class OutputHook(GradientHook):
 
     def apply(self, gradients: Gradients) -> Gradients:
         return gradients
+
+    @property
+    def _watches_outputs(self) -> bool:
+        return True
 
     @property
     def _names_layers(self) -> bool:

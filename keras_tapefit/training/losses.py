@@ -114,6 +114,12 @@ def build(model: Any, batch: Batch) -> None:
         model._symbolic_build(data_batch=batch)
 
 
+def build_missing(model: Any, batch: Batch) -> None:
+    """Has a model look up what its losses are, where it has any and does not know."""
+    if model._compile_loss is not None and not model._compile_loss.built:
+        build(model, batch)
+
+
 def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.Tensor, list[Term]]:
     """Computes the compiled losses, and listens to each of them.
 
