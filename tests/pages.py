@@ -84,7 +84,8 @@ def extras_of(page: Path) -> list[str]:
         ValueError: when it does not say it before the first block.
     """
     if page.name == "README.md":
-        return []
+        # Its command installs this one.
+        return ["examples"]
     page = DOCS / "tutorial.md" if page == NOTEBOOK else page
     text = page.read_text(encoding="utf-8").partition("```python")[0]
     said = re.search(r"need (no extra|the extras? (`\w+`(?:(?:,| and) `\w+`)*))", text)

@@ -176,7 +176,7 @@ def _spec_of(epoch_iterator: Any, data_batch: Any) -> Any:
 
 
 def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
-    """Makes losses and metrics of a model whose outputs are known, without a call of it.
+    """Makes losses and metrics of a model whose outputs are known, without a call of any.
 
     Args:
         model: the model; one without `outputs` is left to its first step.
@@ -184,23 +184,23 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
         data_batch: a batch, if `iterator` is `None`.
     """
     spec = _spec_of(epoch_iterator, data_batch)
-    outputs = getattr(model, "output", None) if getattr(model, "outputs", None) else None
-    if spec is None or outputs is None or model.optimizer is None:
+    outputs = getattr(model, "outputs", None)
+    if spec is None or not outputs or model.optimizer is None:
         return
+    # A Sequential does not know the structure, which is one tensor.
+    outputs = outputs[0] if isinstance(model, keras.Sequential) else model.output
 
     def symbolic(value: Any) -> Any:
         return None if value is None else keras.KerasTensor(value.shape, value.dtype.name)
 
+    # Not by calling them: they may count their calls, or draw numbers.
+    made = [m for m in (model._compile_metrics, model._compile_loss) if m is not None]
     try:
-        x, y, weight = keras.tree.map_structure(
-            symbolic, keras.utils.unpack_x_y_sample_weight(spec)
-        )
-        metrics, loss = model._compile_metrics, model._compile_loss
-        compute = keras.src.backend.compute_output_spec
-        if metrics is not None and not metrics.built:
-            compute(model.compute_metrics, x, y, outputs, sample_weight=weight)
-        if loss is not None and not loss.built:
-            compute(loss, y, outputs, weight)
+        _, y, _ = keras.utils.unpack_x_y_sample_weight(spec)
+        y = keras.tree.map_structure(symbolic, y)
+        for each in made:
+            if not each.built:
+                each.build(y, outputs)
     except Exception:
         # The first step builds what is left, or shows what is wrong.
         return

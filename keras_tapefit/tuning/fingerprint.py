@@ -67,7 +67,7 @@ _PASSED_OVER: dict[Any, frozenset[str]] = {
     for kind, names in {
         type: "__dict__ __weakref__ __doc__ __module__ __annotations__ __qualname__",
         Function: "_nodes",
-        keras.optimizers.Optimizer: "_trainable_variables_indices",
+        keras.optimizers.Optimizer: "_trainable_variables_indices _exclude_from_weight_decay_cache",
         keras.Model: "train_function test_function predict_function history stop_training "
         "stop_evaluating stop_predicting _compile_config _compiled_trainable_state "
         "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",

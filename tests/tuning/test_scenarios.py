@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import absl.flags
@@ -684,8 +684,10 @@ class Drawing(keras.layers.Layer):
 
 class Sharp(backward.SharpnessAware):
     def compute(self, objective, batch):
-        gradients, outputs = super().compute(objective, batch)
-        return gradients.scale(float(self.rho)), outputs
+        computed = super().compute(objective, batch)
+        (quotient,) = computed.quotients
+        scaled = quotient.gradients.scale(float(self.rho))
+        return replace(computed, quotients=[replace(quotient, gradients=scaled)])
 
 
 class Watching(hooks.GradientHook):
