@@ -6,7 +6,8 @@ Several steps in one execution crash in Keras under strategies of several replic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -123,9 +124,44 @@ def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any
     """
     if has_workers(model):
         step = _with_log_axis(step)
-    if not needs_own_function(model) or model.steps_per_execution == 1:
-        return keras_trainer.make_function(model, step)
-    return _unrolled(model, step)
+    if needs_own_function(model) and model.steps_per_execution > 1:
+        return _on_batches(model, step, together=True)
+    plain = keras_trainer.make_function(model, step)
+    on_batches = _on_batches(model, step, together=False)
+    return lambda iterator: (on_batches if isinstance(iterator, Fetched) else plain)(iterator)
+
+
+class Fetched:
+    """The batches of one execution, fetched before it from data that may run out.
+
+    Args:
+        iterator: gives batches.
+        num_batches: how many an execution takes at most.
+
+    Raises:
+        StopIteration: when none are left.
+    """
+
+    def __init__(self, iterator: Any, num_batches: int) -> None:
+        # Of a generator there is none.
+        self.element_spec = _without_optionals(getattr(iterator, "element_spec", None))
+        source = iter(iterator)
+        try:
+            batches = itertools.islice(source, num_batches)
+            self._batches = [_without_optionals(batch) for batch in batches]
+        except tf.errors.OutOfRangeError:
+            self._batches = []
+        if not self._batches:
+            raise StopIteration
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def _without_optionals(data: Any) -> Any:
+    """Returns data with `None` for inputs that may be missing, and are."""
+    kinds = (tf.experimental.Optional, tf.OptionalSpec)
+    return keras.tree.map_structure(lambda v: None if isinstance(v, kinds) else v, data)
 
 
 def _with_log_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -136,8 +172,17 @@ def _with_log_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return with_axis
 
 
-def _unrolled(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several steps one after the other, on batches fetched outside the graph."""
+def _on_batches(model: Any, step: Callable[[Any], Any], together: bool) -> Callable[[Any], Any]:
+    """Returns a function of an iterator whose batches are fetched outside the graph.
+
+    It is traced for the shapes that the iterator declares, as one that fetches batches
+    inside is, and not for those of the first batch.
+
+    Args:
+        model: the model.
+        step: takes a batch and returns logs.
+        together: whether the steps of an execution are one graph, unrolled.
+    """
 
     def steps(batches: tuple[Any, ...]) -> Any:
         logs: Any = None
@@ -145,19 +190,29 @@ def _unrolled(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
             logs = model.distribute_strategy.run(step, args=(batch,))
         return keras_trainer.reduced_logs(model, logs)
 
+    traced: set[int] = set()
     if not model.run_eagerly:
-        steps = tf.function(steps, reduce_retracing=True, autograph=False)
+        jit_compile = None if together else model.jit_compile
+        steps = tf.function(steps, reduce_retracing=True, jit_compile=jit_compile, autograph=False)
+
+    def run(batches: tuple[Any, ...], spec: Any) -> Any:
+        if spec is not None and not model.run_eagerly and len(batches) not in traced:
+            traced.add(len(batches))
+            steps.get_concrete_function((spec,) * len(batches))  # type: ignore[attr-defined]
+        return steps(batches)
 
     def function(iterator: Any) -> Any:
-        batches = []
-        for _ in range(model.steps_per_execution):
-            try:
-                batches.append(next(iterator))
-            except (StopIteration, tf.errors.OutOfRangeError):
-                break
-        if not batches:
-            raise StopIteration
-        return steps(tuple(batches))
+        fetched = (
+            iterator
+            if isinstance(iterator, Fetched)
+            else Fetched(iterator, model.steps_per_execution)
+        )
+        if together:
+            return run(tuple(fetched), fetched.element_spec)
+        logs: Any = None
+        for batch in fetched:
+            logs = run((batch,), fetched.element_spec)
+        return logs
 
     return function
 

@@ -458,6 +458,28 @@ def test_G_steps_without_data(mode):
     assert np.isfinite(records[1]["loss"]).all()
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+@pytest.mark.parametrize("mode", ["graph", "xla", "three steps per execution", "replicas"])
+def test_G_the_losses_of_two_heads(mode):
+    """Of the same trace: one for the shapes of the first batch would weigh it otherwise."""
+    options = {
+        "xla": {"jit_compile": True},
+        "three steps per execution": {"steps_per_execution": 3},
+    }
+    logs = []
+    for known in (True, False):
+        keras.utils.set_random_seed(5)
+        with scope(2 if mode == "replicas" else None):
+            inputs = keras.Input((X.shape[1],))
+            heads = {name: layers.Dense(Y.shape[1], name=name)(inputs) for name in "ab"}
+            model = TapeModel(inputs, heads)
+            model.compile("sgd", {"a": "mse", "b": "mae"}, **options.get(mode, {}))
+        data = _batches(known).map(lambda x, y: (x, {"a": y, "b": y}))
+        logs.append(model.fit(data, epochs=2, verbose=0, shuffle=False).history)
+    assert logs[0].keys() == {"loss", "a_loss", "b_loss"}
+    assert logs[0] == logs[1]
+
+
 # --- H: XLA, and the bits of a gate
 
 
