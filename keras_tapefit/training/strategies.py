@@ -124,7 +124,7 @@ def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any
     if has_workers(model):
         step = _with_log_axis(step)
     if not needs_own_function(model) or model.steps_per_execution == 1:
-        return keras_trainer.make_function(model, step)
+        return keras_trainer.StepFunction(model, step)
     return _unrolled(model, step)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import tensorflow as tf
 
 from keras_tapefit.training import building, custom_steps, strategies
 from keras_tapefit.training.clock import Clock
+from keras_tapefit.training.keras_trainer import Fetched
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.order import order_findings
@@ -100,7 +98,7 @@ class TrainFunction(TracedFunction):
             return {**self._model.get_metrics_result(), **runtime.logs.results()}
         if self.may_run_out:
             # A step without a batch would count as one all the same.
-            iterator = _fetched(iterator, self._model.steps_per_execution)
+            iterator = Fetched(iterator, self._model.steps_per_execution)
         self._prepare()
         self._clock.follow()
         key = self._key()
@@ -187,19 +185,3 @@ class TestFunction(TracedFunction):
 
     def _step(self, data: Any) -> Any:
         return self._model.test_step(data)
-
-
-def _fetched(iterator: Any, num_batches: int) -> Iterator[Any]:
-    """Returns the batches of one execution.
-
-    Raises:
-        StopIteration: when none are left.
-    """
-    source = iter(iterator)
-    try:
-        batches = list(itertools.islice(source, num_batches))
-    except tf.errors.OutOfRangeError:
-        batches = []
-    if not batches:
-        raise StopIteration
-    return iter(batches)
