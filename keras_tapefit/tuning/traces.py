@@ -5,7 +5,7 @@ their place, those of a model like the one that it was made for; no variable cha
 owner, and no model outlives its trial.
 
 Private names used here: `FuncGraph._function_captures` and `op_def_registry`. Checked with
-TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
+Keras 3.15.1 and TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations

@@ -432,7 +432,7 @@ def private(value):
     return dense(optimizer=adam(1.0), backward=method)
 
 
-scenario("an Embedding and an LSTM", recurrent, reused=0)
+scenario("an Embedding and an LSTM", recurrent, reused=1)
 scenario("mixed_float16", mixed, reused=1)
 scenario("a layer of all trials", sharing)
 scenario("private", private, reused=None)
