@@ -1,7 +1,8 @@
 """What the Keras trainer hides.
 
 Private names used here: `Model._loss_tracker`, `_assert_compile_called`, `_initial_epoch`,
-`_call_has_training_arg`, `_make_function`, `_get_metrics_result_or_logs`,
+`_call_has_training_arg`, `_make_function` with `one_step_on_data` and
+`multi_step_on_iterator` in it, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`, `_compile_metrics`,
 `_compile_loss`, `TFEpochIterator._distributed_dataset`,
 `keras.src.backend.compute_output_spec`,
@@ -12,7 +13,9 @@ Checked with Keras 3.15.1; `tests/models/test_private_names.py` fails when they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -115,9 +118,79 @@ def loss_tracker(model: Any) -> Any:
     return model._loss_tracker
 
 
-def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function of an iterator that runs `step`, traced as compiled."""
-    return model._make_function(step)
+class Fetched:
+    """The batches of one execution; iterates once.
+
+    Args:
+        source: an iterator over batches.
+        num_batches: of the execution.
+
+    Attributes:
+        element_spec: of the batches, with the shapes that are known of all of them;
+            `None`: it is not known.
+
+    Raises:
+        StopIteration: when none are left.
+    """
+
+    def __init__(self, source: Any, num_batches: int) -> None:
+        self.element_spec = getattr(source, "element_spec", None)
+        specs = tf.nest.flatten(self.element_spec)
+        if any(isinstance(s, tf.OptionalSpec) or not isinstance(s, tf.TypeSpec) for s in specs):
+            self.element_spec = None
+        try:
+            batches = list(itertools.islice(iter(source), num_batches))
+        except tf.errors.OutOfRangeError:
+            batches = []
+        if not batches:
+            raise StopIteration
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches
+
+
+class StepFunction:
+    """Keras's function of an iterator that runs a step, traced as compiled.
+
+    Batches that are `Fetched` have in it the shapes that are known of all batches, as
+    those have that are taken from an iterator inside; else numbers may be rounded
+    differently.
+
+    Args:
+        model: the model.
+        step: takes a batch and returns logs.
+
+    Attributes:
+        on_batch: what is traced where batches are fetched; `None`: nothing.
+        on_iterator: what is traced where they are not; `None`: nothing.
+    """
+
+    def __init__(self, model: Any, step: Callable[[Any], Any]) -> None:
+        self._of_keras = model._make_function(step)
+        self.on_batch: Any = None
+        self.on_iterator: Any = None
+        if not model.run_eagerly:
+            inside = inspect.getclosurevars(self._of_keras).nonlocals
+            self.on_batch = inside["one_step_on_data"].__wrapped__
+            self.on_iterator = inside["multi_step_on_iterator"]
+        self._traced: tuple[Any, Any] = (None, None)
+
+    def __call__(self, iterator: Any) -> Any:
+        spec = getattr(iterator, "element_spec", None)
+        if not isinstance(iterator, Fetched) or spec is None or self.on_batch is None:
+            return self._of_keras(iterator)
+        if self._traced[0] != spec:
+            self._traced = spec, self.on_batch.get_concrete_function(spec)
+        return on_each(self._traced[1], iterator)
+
+
+def on_each(function: Callable[[Any], Any], batches: Any) -> Any:
+    """Calls a function with each batch; returns the last logs."""
+    logs = None
+    for batch in batches:
+        logs = function(batch)
+    return logs
 
 
 def reduced_logs(model: Any, logs: Any) -> Any:

@@ -6,8 +6,7 @@ Several steps in one execution crash in Keras under strategies of several replic
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -124,44 +123,9 @@ def make_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any
     """
     if has_workers(model):
         step = _with_log_axis(step)
-    if needs_own_function(model) and model.steps_per_execution > 1:
-        return _on_batches(model, step, together=True)
-    plain = keras_trainer.make_function(model, step)
-    on_batches = _on_batches(model, step, together=False)
-    return lambda iterator: (on_batches if isinstance(iterator, Fetched) else plain)(iterator)
-
-
-class Fetched:
-    """The batches of one execution, fetched before it from data that may run out.
-
-    Args:
-        iterator: gives batches.
-        num_batches: how many an execution takes at most.
-
-    Raises:
-        StopIteration: when none are left.
-    """
-
-    def __init__(self, iterator: Any, num_batches: int) -> None:
-        # Of a generator there is none.
-        self.element_spec = _without_optionals(getattr(iterator, "element_spec", None))
-        source = iter(iterator)
-        try:
-            batches = itertools.islice(source, num_batches)
-            self._batches = [_without_optionals(batch) for batch in batches]
-        except tf.errors.OutOfRangeError:
-            self._batches = []
-        if not self._batches:
-            raise StopIteration
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-
-def _without_optionals(data: Any) -> Any:
-    """Returns data with `None` for inputs that may be missing, and are."""
-    kinds = (tf.experimental.Optional, tf.OptionalSpec)
-    return keras.tree.map_structure(lambda v: None if isinstance(v, kinds) else v, data)
+    if not needs_own_function(model) or model.steps_per_execution == 1:
+        return keras_trainer.StepFunction(model, step)
+    return _unrolled(model, step)
 
 
 def _with_log_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -172,17 +136,8 @@ def _with_log_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return with_axis
 
 
-def _on_batches(model: Any, step: Callable[[Any], Any], together: bool) -> Callable[[Any], Any]:
-    """Returns a function of an iterator whose batches are fetched outside the graph.
-
-    It is traced for the shapes that the iterator declares, as one that fetches batches
-    inside is, and not for those of the first batch.
-
-    Args:
-        model: the model.
-        step: takes a batch and returns logs.
-        together: whether the steps of an execution are one graph, unrolled.
-    """
+def _unrolled(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several steps one after the other, on batches fetched outside the graph."""
 
     def steps(batches: tuple[Any, ...]) -> Any:
         logs: Any = None
@@ -190,31 +145,25 @@ def _on_batches(model: Any, step: Callable[[Any], Any], together: bool) -> Calla
             logs = model.distribute_strategy.run(step, args=(batch,))
         return keras_trainer.reduced_logs(model, logs)
 
-    traced: set[int] = set()
-    if not model.run_eagerly:
-        jit_compile = None if together else model.jit_compile
-        steps = tf.function(steps, reduce_retracing=True, jit_compile=jit_compile, autograph=False)
-
-    def run(batches: tuple[Any, ...], spec: Any) -> Any:
-        if spec is not None and not model.run_eagerly and len(batches) not in traced:
-            traced.add(len(batches))
-            steps.get_concrete_function((spec,) * len(batches))  # type: ignore[attr-defined]
-        return steps(batches)
+    if model.run_eagerly:
+        return lambda iterator: steps(tuple(_fetched(iterator, model)))
+    traced = tf.function(steps, reduce_retracing=True, autograph=False)
+    known: set[int] = set()
 
     def function(iterator: Any) -> Any:
-        fetched = (
-            iterator
-            if isinstance(iterator, Fetched)
-            else Fetched(iterator, model.steps_per_execution)
-        )
-        if together:
-            return run(tuple(fetched), fetched.element_spec)
-        logs: Any = None
-        for batch in fetched:
-            logs = run((batch,), fetched.element_spec)
-        return logs
+        fetched = _fetched(iterator, model)
+        batches, spec = tuple(fetched), fetched.element_spec
+        if spec is not None and len(batches) not in known:
+            known.add(len(batches))
+            traced.get_concrete_function((spec,) * len(batches))
+        return traced(batches)
 
     return function
+
+
+def _fetched(iterator: Any, model: Any) -> keras_trainer.Fetched:
+    kind = keras_trainer.Fetched
+    return iterator if isinstance(iterator, kind) else kind(iterator, model.steps_per_execution)
 
 
 def local_batch(iterator: Any, model: Any) -> Any:

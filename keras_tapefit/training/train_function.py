@@ -10,6 +10,7 @@ from typing import Any
 
 from keras_tapefit.training import building, custom_steps, files, strategies
 from keras_tapefit.training.clock import Clock
+from keras_tapefit.training.keras_trainer import Fetched
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.order import order_findings
@@ -97,7 +98,7 @@ class TrainFunction(TracedFunction):
             return {**self._model.get_metrics_result(), **runtime.logs.results()}
         if self.may_run_out:
             # A step without a batch would count as one all the same.
-            iterator = strategies.Fetched(iterator, self._model.steps_per_execution)
+            iterator = Fetched(iterator, self._model.steps_per_execution)
         self._prepare()
         self._clock.follow()
         key = self._key()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tapefit.gradients import layers_of
+from keras_tapefit.training.keras_trainer import Fetched
 from keras_tapefit.tuning.fingerprint import Fingerprint
 
 Outcome = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -45,12 +47,8 @@ class Check:
         Raises:
             StopIteration: when there is none.
         """
-        self._spec = iterator.element_spec
-        for _ in range(self._num_batches):
-            try:
-                self._batches.append(next(iterator))
-            except StopIteration:
-                break
+        self._spec = None if isinstance(iterator, Fetched) else iterator.element_spec
+        self._batches = list(itertools.islice(iter(iterator), self._num_batches))
         if not self._batches:
             raise StopIteration
 
@@ -85,6 +83,8 @@ class Check:
             self._restore()
 
     def _over(self, batches: list[Any]) -> Any:
+        if self._spec is None:
+            return iter(batches)
         joint, *datasets = [tf.data.Dataset.from_tensors(batch) for batch in batches]
         for dataset in datasets:
             joint = joint.concatenate(dataset)

@@ -7,9 +7,9 @@ over: the first step of the model tells (see `keras_tapefit.tuning.check`).
 
 Private names used here: attributes of Keras objects that say nothing about a step
 (`_PASSED_OVER`, `_OUTSIDE`), `keras.Variable._value`, `KerasTensor._keras_history`,
-`Model._distribute_strategy`, the classes `Function` and `Tracker` of Keras, and where
-TensorFlow has its containers (`_WRAPPERS`). Checked with Keras 3.15.1 and TensorFlow 2.21;
-`tests/tuning/test_reuse.py` fails when they change.
+`Model._distribute_strategy`, the classes `Function`, `Tracker` and `DropoutRNNCell` of
+Keras, and where TensorFlow has its containers (`_WRAPPERS`). Checked with Keras 3.15.1 and
+TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.ops.function import Function
 from keras.src.utils.tracking import Tracker
 
@@ -73,6 +74,7 @@ _PASSED_OVER: dict[Any, frozenset[str]] = {
         "_eval_epoch_iterator _initial_epoch _tapefit_runtime _tapefit_state",
         keras.Layer: "_called _auto_config _build_shapes_dict _inbound_nodes _outbound_nodes "
         "_losses _tracked is_awq_calibrated is_gptq_calibrated",
+        DropoutRNNCell: "_dropout_mask _recurrent_dropout_mask",
         tf.__internal__.tracking.AutoTrackable: "_self_unconditional_checkpoint_dependencies "
         "_self_unconditional_dependency_names _self_unconditional_deferred_dependencies "
         "_self_name_based_restores _self_saveable_object_factories _self_update_uid "

@@ -4,15 +4,13 @@ A trace reads and writes the variables that it captured. It is called here with 
 their place, those of a model like the one that it was made for; no variable changes its
 owner, and no model outlives its trial.
 
-Private names used here: `FuncGraph._function_captures`, `op_def_registry`, and of Keras's
-function for an execution the inner one, `multi_step_on_iterator`. Checked with Keras 3.15.1
-and TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
+Private names used here: `FuncGraph._function_captures` and `op_def_registry`. Checked with
+Keras 3.15.1 and TensorFlow 2.21; `tests/tuning/test_reuse.py` fails when they change.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
+from keras_tapefit.training.keras_trainer import Fetched, on_each
 from keras_tapefit.tuning.check import Check
 from keras_tapefit.tuning.fingerprint import Fingerprint, Incomparable, random_state
 
@@ -41,7 +40,7 @@ class Trace:
         concrete: the function; calls return an optional with the logs.
         fingerprint: of the model that it was traced for.
         kind: `"train"` or `"test"`.
-        spec: of the elements of the iterator.
+        spec: of the iterator, see `_spec_of`.
 
     Attributes:
         flaw: why it may not be used for another model, or `None`.
@@ -78,7 +77,7 @@ class Trace:
         lent.set_external_captures(
             [variables[c].handle if isinstance(c, int) else c for c in self._captured]
         )
-        return _runs(lent, variables)
+        return _runs(lent, variables, self.spec)
 
 
 class TracePool:
@@ -152,12 +151,12 @@ class _Execution:
         self._found: Callable[[Any], Any] | None = None
 
     def __call__(self, iterator: Any) -> Any:
-        if self._found is not None and getattr(iterator, "element_spec", None) == self._spec:
+        spec = _spec_of(iterator)
+        if self._found is not None and spec == self._spec:
             return self._found(iterator)
-        of_dataset = tf.data.Iterator, tf.distribute.DistributedIterator
-        if self._found is not None or not isinstance(iterator, of_dataset):
+        if self._found is not None or spec is None:
             return self._afresh()(iterator)
-        self._spec = iterator.element_spec
+        self._spec = spec
         try:
             fingerprint = Fingerprint(self._model)
         except Exception as reason:
@@ -190,7 +189,7 @@ class _Execution:
         except Exception as reason:
             # Where it is the user's, it is raised again.
             return self._alone(iterator, reason)
-        self._found = _runs(concrete, fingerprint.variables)
+        self._found = _runs(concrete, fingerprint.variables, self._spec)
         try:
             if random_state() != before:
                 raise Incomparable("numbers are drawn with NumPy or `random` while it is traced")
@@ -241,24 +240,36 @@ class _Execution:
         return self._found(check.iterator())
 
 
-def _trace(function: Callable[[Any], Any], iterator: Any, fingerprint: Fingerprint) -> Any:
+def _spec_of(iterator: Any) -> Any:
+    """Returns whether batches are fetched, and what they are like; `None`: not known."""
+    kinds = Fetched | tf.data.Iterator | tf.distribute.DistributedIterator
+    spec = iterator.element_spec if isinstance(iterator, kinds) else None
+    return None if spec is None else (isinstance(iterator, Fetched), spec)
+
+
+def _trace(function: Any, iterator: Any, fingerprint: Fingerprint) -> Any:
     """Returns the concrete function in Keras's function of an iterator."""
-    inner = inspect.getclosurevars(function).nonlocals.get("multi_step_on_iterator")
+    is_fetched = isinstance(iterator, Fetched)
+    inner = getattr(function, "on_batch" if is_fetched else "on_iterator", None)
     if not isinstance(inner, tf.types.experimental.PolymorphicFunction):
         raise Incomparable("the step is not traced as one function")
     with _numbers_in(fingerprint):
-        return inner.get_concrete_function(iterator)
+        return inner.get_concrete_function(iterator.element_spec if is_fetched else iterator)
 
 
-def _runs(concrete: Any, kept: Any) -> Callable[[Any], Any]:
+def _runs(concrete: Any, kept: Any, spec: Any) -> Callable[[Any], Any]:
     """Returns the function of an iterator that Keras makes of a traced one.
 
     Args:
         concrete: the traced function.
         kept: what is to live as long as the function, which captures handles only.
+        spec: of the iterator, see `_spec_of`.
     """
+    is_fetched, _ = spec
 
     def function(iterator: Any, kept: Any = kept) -> Any:
+        if is_fetched:
+            return on_each(concrete, iterator)
         logs = concrete(iterator)
         if not logs.has_value():
             raise StopIteration

@@ -283,9 +283,13 @@ def test_private_names_mean_what_they_did(light, data):
 
     model = fresh(tuning.TapeHyperModel(light))
     there = set()
+    recurrent = keras.layers.LSTM(2)
+    recurrent(np.zeros((1, 2, 2)))
+    decaying = keras.optimizers.AdamW()
+    decaying.apply([v.value for v in recurrent.trainable_variables], recurrent.trainable_variables)
 
     def look(*_):
-        parts = [model, *model.layers, model.optimizer, *model.metrics]
+        parts = [model, *model.layers, model.optimizer, *model.metrics, recurrent.cell, decaying]
         there.update(name for part in parts for name in vars(part))
 
     train(model, data, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=look)])

@@ -370,19 +370,22 @@ def noisy(value, **kwargs):
     return dense(keras.layers.GaussianNoise(0.1), optimizer=adam(value), **kwargs)
 
 
-# Batches that are fetched one by one, because they may end early, are not looked at ahead.
-scenario("unknown length", noisy, fit_on(unknown_length), reused=0)
+# Batches that are fetched one by one, because they may end early.
+scenario("unknown length", noisy, fit_on(unknown_length), reused=1)
 scenario(
     "unknown length, several steps",
     lambda v: noisy(v, steps_per_execution=2),
     fit_on(unknown_length),
-    reused=0,
+    reused=1,
+)
+scenario(
+    "unknown length, XLA", lambda v: noisy(v, jit_compile=True), fit_on(unknown_length), reused=1
 )
 scenario(
     "steps of an epoch",
     noisy,
     fit_on(lambda: unknown_length().repeat(), steps_per_epoch=3),
-    reused=0,
+    reused=1,
 )
 scenario("a PyDataset with weights", noisy, fit_on(Generated), reused=1)
 scenario("batches by hand too", noisy, fit_and_more, reused=1)
@@ -429,7 +432,7 @@ def private(value):
     return dense(optimizer=adam(1.0), backward=method)
 
 
-scenario("an Embedding and an LSTM", recurrent, reused=0)
+scenario("an Embedding and an LSTM", recurrent, reused=1)
 scenario("mixed_float16", mixed, reused=1)
 scenario("a layer of all trials", sharing)
 scenario("private", private, reused=None)
@@ -897,6 +900,31 @@ scenario("a dict with __getattr__", lambda v: dense(loss=with_dotted, optimizer=
 scenario("a linked list", holding(lambda: linked(5000)), reused=1)
 scenario("an object that raises", holding(Hostile), reused=1)
 scenario("a dict with a key that raises", holding(lambda: {("a", 1): Hostile()}), reused=1)
+
+
+# What a call of Keras's own leaves behind is no difference.
+def stacked(value, **kwargs):
+    cells = [keras.layers.LSTM(3, dropout=0.1, seed=1, return_sequences=True), keras.layers.GRU(2)]
+    layers = [keras.Input((4,)), keras.layers.Reshape((2, 2)), *cells, keras.layers.Dense(1)]
+    model = TapeSequential(layers)
+    model.compile(keras.optimizers.AdamW(0.01 * value), "mse", **kwargs)
+    return model
+
+
+scenario("AdamW, recurrent layers, a Sequential", stacked, reused=1)
+
+
+class Counted(keras.losses.Loss):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def call(self, y, p):
+        self.calls += 1
+        return self.calls * keras.ops.mean((y - p) ** 2)
+
+
+scenario("a loss that counts", lambda v: dense(loss=Counted(), optimizer=adam(v)), reused=0)
 
 
 # Of several kinds at once.
