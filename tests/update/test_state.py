@@ -38,6 +38,10 @@ EVERY_HOOK = [
     lambda: hooks.GradientMonitor(),
     lambda: hooks.UpdateMonitor(),
     lambda: hooks.NoiseScale(),
+    lambda: hooks.SkipNonFinite(locate=True),
+    lambda: hooks.OutputGradient(lambda g, layer: g * 0.9, "a"),
+    lambda: hooks.OutputMonitor(),
+    lambda: hooks.During(hooks.PercentileClipping(history=4, log_clipped=True), every=2),
 ]
 
 
