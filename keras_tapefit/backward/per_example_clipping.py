@@ -202,14 +202,20 @@ class PerExampleClipping(GradientMethod):
         counted = tf.ones_like(norms, tf.bool)
         shares, kept, clipped = self._shares(objective, scaled, norms, counted, factor)
 
-        def summed(gradient: WeightGradient | None, other: Any) -> Any:
+        def summed(gradient: WeightGradient | None, other: Any, kept: Any) -> tf.Tensor:
             whole = None if gradient is None else gradient.total(shares, kept)
             if other is None:
                 return whole
             rest = tf.cast(tf.reduce_sum(shares), other.dtype) * other
             return rest if whole is None else whole + tf.cast(rest, whole.dtype)
 
-        return [summed(*row) for row in rows], clipped
+        def sums(kept: Any) -> list[tf.Tensor]:
+            return [summed(*row, kept) for row in rows if any(v is not None for v in row)]
+
+        # One branch for all, which a bad example alone takes.
+        left = iter(tf.cond(tf.reduce_all(kept), lambda: sums(None), lambda: sums(kept)))
+        found_any = [any(v is not None for v in row) for row in rows]
+        return [next(left) if there else None for there in found_any], clipped
 
     def _shares(
         self,
@@ -330,15 +336,23 @@ def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> t
             not, both with the loss scale.
         zeros: of shape `[batch]`.
     """
-    squares = [zeros]
-    for gradient, other in rows:
-        if gradient is not None:
-            squares.append(tf.square(gradient.norms()))
-        if other is not None:
-            squares.append(zeros + tf.reduce_sum(tf.square(tf.cast(other, zeros.dtype))))
-        if gradient is not None and other is not None:
-            squares.append(2.0 * gradient.products(other))
-    return tf.sqrt(tf.nn.relu(tf.add_n(squares)))
+    known = [(gradient, other) for gradient, other in rows if gradient is not None]
+    products = [2.0 * gradient.products(other) for gradient, other in known if other is not None]
+    products += [
+        zeros + tf.reduce_sum(tf.square(tf.cast(other, zeros.dtype)))
+        for _, other in rows
+        if other is not None
+    ]
+    rest = tf.add_n([zeros, *products])
+    squares = [tf.cast(gradient.squares(), zeros.dtype) for gradient, _ in known]
+    plain = tf.add_n([zeros, *squares])
+    # Far from where float32 loses a square; what it loses beside is nothing.
+    in_range = tf.reduce_all(tf.math.is_finite(plain) & (plain > 1e-25))
+
+    def safe() -> tf.Tensor:
+        return tf.add_n([zeros, *(tf.square(gradient.norms()) for gradient, _ in known)])
+
+    return tf.sqrt(tf.nn.relu(tf.cond(in_range, lambda: plain, safe) + rest))
 
 
 def _over_chunks(

@@ -31,14 +31,20 @@ Calls = Sequence[tuple[tf.Tensor, tf.Tensor]]
 class WeightGradient(Protocol):
     """The gradients of one weight, of each example."""
 
+    def squares(self) -> tf.Tensor:
+        """Returns the square norm of each, of shape `[batch]`; out of range it is anything."""
+
     def norms(self) -> tf.Tensor:
-        """Returns the norm of each, of shape `[batch]`, float64."""
+        """Returns the norm of each, float64, whatever its size."""
 
     def products(self, other: tf.Tensor) -> tf.Tensor:
         """Returns the scalar product of each with a tensor of the weight's shape."""
 
-    def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-        """Returns their sum, each times its share; those not kept may be NaN and count 0."""
+    def total(self, shares: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
+        """Returns their sum, each times its share.
+
+        Those not kept may be NaN, and count 0; `None`: all are kept.
+        """
 
 
 class Whole:
@@ -53,6 +59,9 @@ class Whole:
         self._parts = list(parts)
         self._shape = list(shape)
 
+    def squares(self) -> tf.Tensor:
+        return tf.add_n([_square_of_rows(part) for part in self._parts])
+
     def norms(self) -> tf.Tensor:
         return tf.cast(rows_norm([_flat(part) for part in self._parts]), tf.float64)
 
@@ -64,7 +73,7 @@ class Whole:
         ]
         return tf.cast(tf.add_n(found), tf.float64)
 
-    def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def total(self, shares: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
         sums = [
             tf.tensordot(tf.cast(shares, part.dtype), cleaned(part, kept), 1)
             for part in self._parts
@@ -93,14 +102,19 @@ class Product:
         self._inputs, self._gradients = inputs, gradients
         self._to_weight, self._from_weight = to_weight, from_weight
 
+    def squares(self) -> tf.Tensor:
+        if self._inputs.shape[1] == 1:
+            return _square_of_rows(self._inputs) * _square_of_rows(self._gradients)
+        return self._square_of_gram(self._inputs, self._gradients)
+
     def norms(self) -> tf.Tensor:
         if self._inputs.shape[1] == 1:
             lengths = [rows_norm([_flat(v)]) for v in (self._inputs, self._gradients)]
             return tf.cast(lengths[0], tf.float64) * tf.cast(lengths[1], tf.float64)
-        return _in_range(self._root_of_gram, self._inputs, self._gradients)
+        return _of_size_one(self._square_of_gram, self._inputs, self._gradients)
 
     @staticmethod
-    def _root_of_gram(inputs: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    def _square_of_gram(inputs: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
         gram = tf.matmul(inputs, inputs, transpose_b=True)
         gram *= tf.matmul(gradients, gradients, transpose_b=True)
         return tf.reduce_sum(gram, axis=[1, 2])
@@ -113,7 +127,7 @@ class Product:
             tf.reduce_sum(tf.reshape(rows, tf.shape(self._gradients)), [1, 2]), "float64"
         )
 
-    def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def total(self, shares: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
         inputs, gradients = cleaned(self._inputs, kept), cleaned(self._gradients, kept)
         gradients *= tf.cast(shares, gradients.dtype)[:, None, None]
         left = tf.reshape(inputs, [-1, inputs.shape[-1]])
@@ -133,62 +147,57 @@ class Rows:
     def __init__(self, ids: tf.Tensor, gradients: tf.Tensor, num_rows: int) -> None:
         self._ids, self._gradients, self._num_rows = ids, gradients, num_rows
 
+    def squares(self) -> tf.Tensor:
+        return self._square(self._same(), self._gradients)
+
     def norms(self) -> tf.Tensor:
-        same = tf.cast(self._ids[:, :, None] == self._ids[:, None, :], self._gradients.dtype)
+        return _of_size_one(self._square, self._same(), self._gradients)
 
-        def square(gradients: tf.Tensor, same: tf.Tensor) -> tf.Tensor:
-            products = tf.matmul(gradients, gradients, transpose_b=True)
-            return tf.reduce_sum(products * same, axis=[1, 2])
+    def _same(self) -> tf.Tensor:
+        return tf.cast(self._ids[:, :, None] == self._ids[:, None, :], self._gradients.dtype)
 
-        return _in_range(square, self._gradients, same)
+    @staticmethod
+    def _square(same: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+        products = tf.matmul(gradients, gradients, transpose_b=True)
+        return tf.reduce_sum(products * same, axis=[1, 2])
 
     def products(self, other: tf.Tensor) -> tf.Tensor:
         rows = tf.cast(tf.gather(other, self._ids), self._gradients.dtype)
         return tf.cast(tf.reduce_sum(rows * self._gradients, axis=[1, 2]), tf.float64)
 
-    def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def total(self, shares: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
         gradients = cleaned(self._gradients, kept)
         gradients *= tf.cast(shares, gradients.dtype)[:, None, None]
         rows = tf.reshape(gradients, [-1, gradients.shape[-1]])
         return tf.math.unsorted_segment_sum(rows, tf.reshape(self._ids, [-1]), self._num_rows)
 
 
-def cleaned(value: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+def cleaned(value: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
     """Returns a tensor with zeros for the examples that are not kept: 0 · NaN is NaN."""
+    if kept is None:
+        return value
     rows = tf.reshape(kept, [-1] + [1] * (value.shape.rank - 1))
-    return tf.cond(
-        tf.reduce_all(kept), lambda: value, lambda: tf.where(rows, value, tf.zeros_like(value))
-    )
+    return tf.where(rows, value, tf.zeros_like(value))
+
+
+def _square_of_rows(value: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.square(value), axis=list(range(1, value.shape.rank)))
 
 
 def _flat(value: tf.Tensor) -> tf.Tensor:
     return tf.reshape(value, [tf.shape(value)[0], math.prod(value.shape[1:])])
 
 
-def _in_range(
+def _of_size_one(
     square: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], a: tf.Tensor, b: tf.Tensor
 ) -> tf.Tensor:
-    """Returns the root of a form that is of degree two in each of two tensors, in float64.
-
-    It is computed as it is where that is in range, and else of tensors of size one.
-    """
-    plain = square(a, b)
-    tiny = 1e-30 if plain.dtype.size == 4 else 1e-250
-    in_range = tf.reduce_all((plain > tiny) & tf.math.is_finite(plain))
-
-    def scaled() -> tf.Tensor:
-        sizes = [_largest(v) for v in (a, b)]
-        small = [v / s for v, s in zip((a, b), sizes, strict=True)]
-        factors = [tf.cast(tf.reshape(s, [-1]), tf.float64) for s in sizes]
-        return _root(square(*small)) * factors[0] * factors[1]
-
-    return tf.cond(in_range, lambda: _root(plain), scaled)
-
-
-def _root(value: tf.Tensor) -> tf.Tensor:
+    """Returns the root of a form of degree two in each of two tensors, brought to size one."""
+    sizes = [_largest(v) for v in (a, b)]
+    value = square(a / sizes[0], b / sizes[1])
+    factors = [tf.cast(tf.reshape(size, [-1]), tf.float64) for size in sizes]
     # Rounding may leave a little less than 0.
     value = tf.where(value < 0, tf.zeros_like(value), value)
-    return tf.sqrt(tf.cast(value, tf.float64))
+    return tf.sqrt(tf.cast(value, tf.float64)) * factors[0] * factors[1]
 
 
 def _largest(value: tf.Tensor) -> tf.Tensor:
@@ -208,7 +217,7 @@ def _product(
     """Returns the product of `[batch, places, p]` and `[batch, places, q]`, in the form that
     costs less."""
     places, p, q = a.shape[1], a.shape[2], g.shape[2]
-    if places == 1 or (places is not None and p * q > 4 * places * (p + q)):
+    if places == 1 or (places is not None and p * q > places * (p + q)):
         return Product(a, g, to_weight, from_weight)
     whole = Whole([tf.matmul(a, g, transpose_a=True)], [p, q])
     return _Turned(whole, to_weight, from_weight)
@@ -220,13 +229,16 @@ class _Turned:
     def __init__(self, inner: Any, to_weight: Any, from_weight: Any) -> None:
         self._inner, self._to_weight, self._from_weight = inner, to_weight, from_weight
 
+    def squares(self) -> tf.Tensor:
+        return self._inner.squares()
+
     def norms(self) -> tf.Tensor:
         return self._inner.norms()
 
     def products(self, other: tf.Tensor) -> tf.Tensor:
         return self._inner.products(self._from_weight(other))
 
-    def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def total(self, shares: tf.Tensor, kept: tf.Tensor | None) -> tf.Tensor:
         return self._to_weight(self._inner.total(shares, kept))
 
 
@@ -279,7 +291,9 @@ def _einsum_dense(layer: Any, calls: Calls) -> Iterator[tuple[Any, WeightGradien
         order = [0, *(labels.index(c) for c in [*places, *last])]
         inner = [value.shape[labels.index(c)] for c in places]
         count = -1 if None in inner else math.prod(inner)
-        turned = tf.transpose(wide(value), order)
+        turned = wide(value)
+        if order != sorted(order):
+            turned = tf.transpose(turned, order)
         return tf.reshape(turned, [tf.shape(value)[0], count, size])
 
     a = _joined([three(v, x, into, p) for v, _ in calls])

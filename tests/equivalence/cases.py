@@ -93,6 +93,7 @@ _OF_WINDOWS = {
     "OutputMonitor": "it logs each batch, as the loss is logged",
     "PerExampleClipping": "each batch is a lot with noise of its own",
     "SkipNonFinite": "a bad batch costs itself, and not the window that it is in",
+    "SkipNonFinite that locates": "as SkipNonFinite",
     "SkipSpikes": "of a window that is rejected the metrics of its earlier batches count",
     "SkipSpikes of the loss": "as SkipSpikes",
 }
@@ -212,6 +213,7 @@ HOOKS = {
     "PercentileClipping": Case(lambda: [hooks.PercentileClipping(30, history=4)]),
     "ZScoreClipping": Case(lambda: [hooks.ZScoreClipping(1.0, **_warmed_up())], 30.0),
     "SkipNonFinite": Case(lambda: [hooks.SkipNonFinite(), grow], math.nan),
+    "SkipNonFinite that locates": Case(lambda: [hooks.SkipNonFinite(locate=True)], math.nan),
     "SkipSpikes": Case(lambda: [hooks.SkipSpikes(40.0, **_warmed_up())], 300.0),
     "SkipSpikes of the loss": Case(
         lambda: [hooks.SkipSpikes(40.0, monitor="loss", **_warmed_up())], 300.0

@@ -44,6 +44,7 @@ def test_a_scope_assigned_acts_in_the_next_step(model):
     assert _norm(moved[:2]) > 2e-3 and _norm(moved[2:]) == pytest.approx(1e-3, rel=1e-4)
     assert clip.get_config() == {
         "max_norm": 1e-3, "per_layer": True, "targets": "second/*", "name": None,
+        "log_clipped": False,
     }  # fmt: skip
 
 

@@ -38,8 +38,9 @@ EVERY_HOOK = [
     lambda: hooks.GradientMonitor(),
     lambda: hooks.UpdateMonitor(),
     lambda: hooks.NoiseScale(),
-    lambda: hooks.OutputGradient(lambda gradient, layer: gradient),
+    lambda: hooks.OutputGradient(lambda g, layer: g * 0.9, "a"),
     lambda: hooks.OutputMonitor(),
+    lambda: hooks.During(hooks.PercentileClipping(history=4, log_clipped=True), every=2),
 ]
 
 
