@@ -206,3 +206,44 @@ def test_a_variable_is_tracked_by_its_trainable():
     assert layer._non_trainable_variables == [variable] and not layer._trainable_variables
     layer._untrack_variable(variable)
     assert not layer._non_trainable_variables
+
+
+def test_the_epoch_at_which_a_training_goes_on():
+    """`fit` begins with `_initial_epoch`, where a callback sets it when the training begins."""
+
+    class Later(keras.callbacks.Callback):
+        epochs: list = []
+
+        def on_train_begin(self, logs=None):
+            self.model._initial_epoch = 2
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epochs.append(epoch)
+
+    model = _model()
+    model.fit(X, Y, epochs=4, verbose=0, callbacks=[Later()])
+    assert Later.epochs == [2, 3]
+
+
+def test_files_of_backups(tmp_path):
+    """Two, and one more of each with `double_checkpoint`; weights are written first."""
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "a", double_checkpoint=True)
+    assert str(backup._weights_path).endswith("latest.weights.h5")
+    assert backup._prev_weights_path == f"{backup._weights_path}.bkp"
+    assert str(backup._training_metadata_path).endswith("training_metadata.json")
+    assert backup._prev_training_metadata_path == f"{backup._training_metadata_path}.bkp"
+
+
+def test_what_a_model_is_saved_to(tmp_path):
+    """`H5IOStore` has the whole file as `h5_file`; private attributes are saved last."""
+    model = support.functional()
+    model.compile("adam", "mse")
+    seen = []
+
+    def save(store):
+        store.h5_file.visit(seen.append)
+        assert type(store).__name__ == "H5IOStore"
+
+    model._tapefit_state.save_own_variables = save
+    model.save_weights(tmp_path / "a.weights.h5")
+    assert {"layers", "optimizer"} <= set(seen)

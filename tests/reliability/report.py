@@ -38,7 +38,8 @@ def write() -> None:
     """Puts the results into the page, each between its marks."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     text = PAGE.read_text(encoding="utf-8")
-    for part, result in results.items():
+    for part in results.keys() - {"versions"}:
+        result = results[part]
         begin = BEGIN.format(part)
         if begin not in text:
             continue
