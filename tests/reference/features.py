@@ -127,6 +127,7 @@ class Scale(layers.Layer):
     """Has a weight of shape `()`."""
 
     def build(self, input_shape):
+        self.supports_masking = True
         self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
 
     def call(self, inputs):
