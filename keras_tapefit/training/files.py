@@ -40,6 +40,11 @@ def check_seal(store: Any) -> None:
         _check_seal(store.h5_file)
 
 
+def is_sealed(store: Any) -> bool:
+    """Whether this library wrote the file, as far as that shows."""
+    return _is_one_file(store) and SEAL in store.h5_file.attrs
+
+
 def check_file(path: str) -> tuple[int, ...] | None:
     """Compares a file of weights with its checksums, if it has any.
 

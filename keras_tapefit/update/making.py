@@ -320,7 +320,10 @@ def _apply_undoing(
     accepted = _and(admitted, finite)
     rollback = None
     if accepted is not None:
-        rollback = Rollback([*inner.variables, *gradients.variables])
+        # In a window the updates are counted by another variable than the optimizer's own.
+        counts = [leaf.iterations for leaf in optimizers.leaves(inner)]
+        held = {id(v): v for v in [*inner.variables, *counts, *gradients.variables]}
+        rollback = Rollback(list(held.values()))
     _applying(inner, applied)(applied.present())
     if rollback is not None and accepted is not None:
         rollback.restore_unless(accepted)
