@@ -129,6 +129,9 @@ def norms(records: Any, title: str | None = None, ax: Any = None) -> Any:
     ```
     """
     records = _arrays(records)
+    lost = [n for n in ("gradient_norm", "gradient_norm_after", "skipped") if n not in records]
+    if lost:
+        raise ValueError(f"The records hold no {', '.join(map(repr, lost))}: not of a callback.")
     steps = records["step"]
     before = _positive(records["gradient_norm"])
     after = _positive(records["gradient_norm_after"])
@@ -361,12 +364,23 @@ def _name_rows(axes: Any, names: list[str]) -> None:
 
 
 def _arrays(records: Any) -> dict[str, np.ndarray]:
+    if not hasattr(records, "items"):
+        raise TypeError(
+            "`records` must be a `GradientHistory`, the dictionary of its `to_numpy()`, or a "
+            f"pandas frame of a file. Received: {records!r} (of type {type(records).__name__})."
+        )
     arrays = {str(name): np.asarray(values) for name, values in records.items()}
-    if arrays and "step" not in arrays:
+    if arrays and "step" not in arrays and hasattr(records, "index"):
         # A frame that has the steps as its index.
         arrays["step"] = np.asarray(records.index)
     if not len(arrays.get("step", ())):
         raise ValueError("The records hold no steps. Train with the callback first.")
+    for name, values in arrays.items():
+        if values.shape != arrays["step"].shape or values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"The records must hold a number for each of the {len(arrays['step'])} steps. "
+                f"Received: {name!r} of shape {values.shape}, of type {values.dtype}."
+            )
     return arrays
 
 

@@ -286,3 +286,21 @@ def test_tune(run, tmp_path):
     (accuracy,) = matches(f"best model, saved and loaded: {NUMBER}", lines)
     assert float(accuracy[1]) > 0.5
     assert (tmp_path / "best.keras").exists()
+
+
+def test_find_nan(run):
+    _, lines = run("find_nan")
+
+    assert [line for line in lines if line.startswith("skipped steps")] == [
+        "skipped steps: 2",
+        "skipped steps: 0",
+    ]
+    where = "the gradient that layer 'with_length' passes back to the output of layer 'features'"
+    located = matches(
+        rf"^The first value .* was {where} \(backward\), at step (\d+), (.*)\.$", lines
+    )
+    # The blank image is the 150th, in the fifth batch of 16, of the second epoch too.
+    assert [(m[1], m[2]) for m in located] == [("20", "example 22 of the batch")]
+    assert matches(rf"not finite: .*{where}", lines)
+    assert matches(r"^with_length +finite", lines) and matches(r"^features +finite .* NOT ", lines)
+    assert lines[lines.index("With a floor inside the root:") + 2] == "All values are finite."

@@ -26,6 +26,7 @@ OTHERS = ("keras.src", "keras_tuner.src", "tensorflow.python")
 OURS = {
     "gradients/gradients.py": {"_values"},
     "hooks/arguments.py": {"_name"},
+    "hooks/during.py": {"_name"},
     "hooks/hook_list.py": {"_name", "_structure"},
     "hooks/number.py": {"_structure"},
 }

@@ -50,17 +50,24 @@ class PerExampleClipping(GradientMethod):
     variables being trained. An example whose gradient is not finite counts as zero.
     The noise comes once for the whole batch: on several replicas from the first one.
 
-    Every example has a gradient in memory of its own, so `chunk_size` bounds the memory
-    where `micro_batches` cannot. One more forward pass, on the whole batch, is what
-    outputs, metrics, logs and random seeds come from. Examples must not influence each
-    other: BatchNormalization that trains, `MixUp`, `CutMix` and stateful recurrent
-    layers are refused, and layers of one's own that do so must be left out. Recurrent
-    layers must be made with `unroll=True`. With
+    Norms come from the inputs of layers and the gradients at their outputs, and the
+    clipped sum from the same: one forward and one backward pass on the whole batch, and no
+    gradient of a single example in memory. That is known for Dense, EinsumDense (and
+    attention, which is made of it), Conv1D to Conv3D, Embedding and LayerNormalization,
+    with Keras's own losses. For a model with other weights that are trained, or another
+    loss, every example has a gradient of its own, by one more forward pass each; `fell_back`
+    says why, and a log message once. `chunk_size` then bounds the memory, which
+    `micro_batches` cannot, and recurrent layers must be made with `unroll=True`.
+
+    Examples must not influence each other: BatchNormalization that trains, `MixUp`,
+    `CutMix` and stateful recurrent layers are refused, and custom layers that do so must be
+    left out. The log entry `clipped_examples` is the share of examples that were clipped. With
     `gradient_accumulation_steps` every step is a lot of its own, with noise of its own.
     With a dynamic loss scale, an overflow in any example skips the step.
 
     Reference: Abadi et al., 2016, "Deep learning with differential privacy",
-    arXiv:1607.00133.
+    arXiv:1607.00133; for the norms Goodfellow, 2015, arXiv:1510.01799, Li et al., 2022,
+    arXiv:2110.05679, and Bu et al., 2022, arXiv:2205.10683.
 
     Args:
         max_norm: `C`, the largest norm that the gradient of an example keeps. May be
@@ -69,10 +76,14 @@ class PerExampleClipping(GradientMethod):
             `max_norm`. May be assigned at any time.
         expected_batch_size: `L`, the number of examples expected in the batch of all
             replicas. `None`: the number there are, which tells how many there are.
-        chunk_size: the number of examples whose gradients are in memory at a time.
-            `None`: all of the batch.
+        chunk_size: the number of examples whose gradients are in memory at a time, where
+            they are computed one by one. `None`: all of the batch.
         seed: an integer, which the noise depends on together with the number of updates
             made. `None`: one drawn anew each time the object is made, and not saved.
+
+    Attributes:
+        fell_back: why gradients of examples were computed one by one, a text; `None`: they
+            were not, or there was no step yet.
 
     Raises:
         TypeError: when an argument is of the wrong type.
@@ -127,37 +138,32 @@ class PerExampleClipping(GradientMethod):
             forward, losses, reason = objective.by_example(batch, calls.watching)
         variables = objective.variables()
         size = objective.batch_size(batch)
+        examples = objective.sum_over_replicas(tf.cast(size, tf.float32))
+        lot = examples if self.expected_batch_size is None else self.expected_batch_size
+        scale, _ = objective.loss_scale()
+        factor = tf.cast(1.0 if scale is None else scale, tf.float64) / tf.cast(lot, tf.float64)
         try:
             if losses is None:
                 raise NotUnderstood(reason)
             check_calls(calls, layers, variables)
-            sums, overflow, clipped = self._from_calls(objective, calls, layers, losses)
+            sums, clipped = self._from_calls(objective, calls, layers, losses, factor)
             self.fell_back = None
         except NotUnderstood as error:
             self._say(str(error))
             with Flat([v for v in layers if isinstance(v, keras.layers.Dense)]).flattening():
-                sums, overflow, clipped = self._clipped_sums(objective, batch, state, size)
-        examples = objective.sum_over_replicas(tf.cast(size, tf.float32))
-        lot = examples if self.expected_batch_size is None else self.expected_batch_size
-        scale, _ = objective.loss_scale()
-        factor = (1.0 if scale is None else tf.cast(scale, tf.float32)) / tf.cast(lot, tf.float32)
-        noise = self._noise(objective, variables)
-
-        def finished(total: Any, noise: tf.Tensor, variable: Any) -> Any:
-            if total is None:
-                return None
-            total = (total + tf.cast(noise, total.dtype)) * tf.cast(factor, total.dtype)
-            return tf.cast(
-                tf.where(overflow, tf.constant(math.nan, total.dtype), total), variable.dtype
-            )
-
-        values = [finished(*row) for row in zip(sums, noise, variables, strict=True)]
+                sums, clipped = self._clipped_sums(objective, batch, state, size, factor)
+        sums = self._with_noise(objective, variables, sums, factor)
+        values = [
+            None if total is None else tf.cast(total, variable.dtype)
+            for total, variable in zip(sums, variables, strict=True)
+        ]
         computed = forward.computed([values], variables)
         share = tf.math.divide_no_nan(objective.sum_over_replicas(clipped), examples)
         computed.logged["clipped_examples"] = share, examples
         return computed
 
     def _say(self, reason: str) -> None:
+        # Once, not at each trace.
         if reason != self.fell_back:
             _logger.warning(
                 "PerExampleClipping takes the gradient of each example apart, which is slow: %s.",
@@ -166,8 +172,13 @@ class PerExampleClipping(GradientMethod):
         self.fell_back = reason
 
     def _from_calls(
-        self, objective: Objective, calls: WeightCalls, layers: list[Any], losses: tf.Tensor
-    ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        self,
+        objective: Objective,
+        calls: WeightCalls,
+        layers: list[Any],
+        losses: tf.Tensor,
+        factor: tf.Tensor,
+    ) -> tuple[list[Any], tf.Tensor]:
         """Returns what `_clipped_sums` does, from layer inputs and output gradients."""
         variables = objective.variables()
         scale, _ = objective.loss_scale()
@@ -189,7 +200,7 @@ class PerExampleClipping(GradientMethod):
         rows = [(found.get(id(v)), c) for v, c in zip(variables, constant, strict=True)]
         norms = _norms(rows, tf.zeros_like(losses, tf.float64))
         counted = tf.ones_like(norms, tf.bool)
-        shares, kept, overflow, clipped = self._shares(objective, scaled, norms, counted)
+        shares, kept, clipped = self._shares(objective, scaled, norms, counted, factor)
 
         def summed(gradient: WeightGradient | None, other: Any) -> Any:
             whole = None if gradient is None else gradient.total(shares, kept)
@@ -198,34 +209,41 @@ class PerExampleClipping(GradientMethod):
             rest = tf.cast(tf.reduce_sum(shares), other.dtype) * other
             return rest if whole is None else whole + tf.cast(rest, whole.dtype)
 
-        return [summed(*row) for row in rows], overflow, clipped
+        return [summed(*row) for row in rows], clipped
 
     def _shares(
-        self, objective: Objective, losses: tf.Tensor, norms: tf.Tensor, counted: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns what each gradient counts for, which ones count, whether one overflowed
-        for the loss scale alone, and how many are clipped."""
+        self,
+        objective: Objective,
+        losses: tf.Tensor,
+        norms: tf.Tensor,
+        counted: tf.Tensor,
+        factor: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns what each gradient counts for, times a factor; which ones count; and how
+        many are clipped. Where one overflowed for the loss scale alone, NaN."""
         scale, is_dynamic = objective.loss_scale()
         dtype = norms.dtype
-        factor = tf.cast(1.0 if scale is None else 1.0 / tf.cast(scale, tf.float32), dtype)
-        norms *= factor
+        unscaled = tf.cast(1.0 if scale is None else 1.0 / tf.cast(scale, tf.float32), dtype)
+        norms *= unscaled
         max_norm = tf.cast(LiveNumber.of(self, "max_norm"), dtype)
         finite = tf.math.is_finite(norms)
         kept = finite & counted
         shares = tf.where(kept, max_norm / tf.maximum(norms, max_norm), tf.zeros((), dtype))
-        overflow = tf.constant(False)
+        # Here, and not on sums as large as the weights.
+        shares *= unscaled * tf.cast(factor, dtype)
         if is_dynamic and scale is not None:
             # Where the loss is a number the fault is the scale's, while there is one.
             lost = counted & ~finite & tf.math.is_finite(losses)
             overflow = tf.reduce_any(lost) & (scale > 1.0)
+            shares = tf.where(overflow, tf.constant(math.nan, dtype), shares)
         clipped = tf.reduce_sum(tf.cast(kept & (norms > max_norm), tf.float32))
-        return shares * factor, kept, overflow, clipped
+        return shares, kept, clipped
 
     def _clipped_sums(
-        self, objective: Objective, batch: Batch, state: Any, size: Any
-    ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """Returns the sum of the clipped gradients, by variable, whether one of them
-        overflowed for the loss scale alone, and how many were clipped."""
+        self, objective: Objective, batch: Batch, state: Any, size: Any, factor: tf.Tensor
+    ) -> tuple[list[Any], tf.Tensor]:
+        """Returns the sum of the clipped gradients, by variable and times a factor, and how
+        many were clipped."""
         missing: list[bool] = []
 
         def one(inputs: Any) -> Any:
@@ -238,21 +256,26 @@ class PerExampleClipping(GradientMethod):
         def chunk(rows: tf.Tensor, counted: tf.Tensor) -> Any:
             examples = [tf.gather(value, rows) for value in _values(batch)]
             losses, gradients = tf.vectorized_map(one, (examples, rows), warn=False)
-            return self._sums(objective, losses, gradients, counted)
+            return self._sums(objective, losses, gradients, counted, factor)
 
         if self.chunk_size is None or (isinstance(size, int) and size <= self.chunk_size):
-            sums, overflow, clipped = chunk(tf.range(size), tf.fill([size], True))
+            sums, clipped = chunk(tf.range(size), tf.fill([size], True))
         else:
-            sums, overflow, clipped = _over_chunks(chunk, size, self.chunk_size)
+            sums, clipped = _over_chunks(chunk, size, self.chunk_size)
         left = iter(sums)
-        return [None if gone else next(left) for gone in missing], overflow, clipped
+        return [None if gone else next(left) for gone in missing], clipped
 
     def _sums(
-        self, objective: Objective, losses: tf.Tensor, gradients: list[tf.Tensor], counted: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        self,
+        objective: Objective,
+        losses: tf.Tensor,
+        gradients: list[tf.Tensor],
+        counted: tf.Tensor,
+        factor: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         gradients = [wide(g) for g in gradients]
         norms = rows_norm([tf.reshape(g, [tf.shape(g)[0], -1]) for g in gradients])
-        shares, kept, overflow, clipped = self._shares(objective, losses, norms, counted)
+        shares, kept, clipped = self._shares(objective, losses, norms, counted, factor)
 
         def total(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
             return [tf.tensordot(tf.cast(shares, g.dtype), g, 1) for g in gradients]
@@ -265,22 +288,34 @@ class PerExampleClipping(GradientMethod):
         # The last chunk is filled up with rows that do not count.
         usable = tf.reduce_all(kept | ~counted)
         sums = tf.cond(usable, lambda: total(gradients), selected)
-        return sums, overflow, clipped
+        return sums, clipped
 
-    def _noise(self, objective: Objective, variables: list[Any]) -> list[tf.Tensor]:
+    def _with_noise(
+        self, objective: Objective, variables: list[Any], sums: list[Any], factor: tf.Tensor
+    ) -> list[Any]:
         streams = np.random.SeedSequence([abs(self._drawn), self._drawn < 0])
         seeds = streams.generate_state(max(1, len(variables)))
         stddev = LiveNumber.of(self, "noise_multiplier") * LiveNumber.of(self, "max_norm")
         stddev = tf.where(objective.is_first_replica(), stddev, 0.0)
 
-        def drawn() -> list[tf.Tensor]:
+        rows = list(zip(sums, variables, seeds, strict=False))
+        present = [total for total, *_ in rows if total is not None]
+
+        def noisy() -> list[tf.Tensor]:
+            size = tf.cast(stddev, tf.float64) * factor
             return [
-                stddev * draws.normal(v.shape, (seed, objective.steps()))
-                for v, seed in zip(variables, seeds, strict=False)
+                total + tf.cast(size, total.dtype) * _normal(v.shape, seed, objective, total.dtype)
+                for total, v, seed in rows
+                if total is not None
             ]
 
         # What is multiplied by 0 need not be drawn.
-        return tf.cond(stddev > 0, drawn, lambda: [tf.zeros(v.shape) for v in variables])
+        left = iter(tf.cond(stddev > 0, noisy, lambda: present) if present else ())
+        return [None if total is None else next(left) for total in sums]
+
+
+def _normal(shape: Any, seed: Any, objective: Objective, dtype: Any) -> tf.Tensor:
+    return tf.cast(draws.normal(shape, (seed, objective.steps())), dtype)
 
 
 def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:
@@ -308,26 +343,26 @@ def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> t
 
 def _over_chunks(
     chunk: Callable[[tf.Tensor, tf.Tensor], Any], size: Any, chunk_size: int
-) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Adds up chunk after chunk; the last one is filled up with rows that do not count."""
 
     def at(start: Any) -> Any:
         rows = start + tf.range(chunk_size)
         return chunk(tf.minimum(rows, size - 1), rows < size)
 
-    def body(start: tf.Tensor, sums: list[tf.Tensor], overflow: tf.Tensor, clipped: Any) -> Any:
-        found, overflowed, more = at(start)
+    def body(start: tf.Tensor, sums: list[tf.Tensor], clipped: tf.Tensor) -> Any:
+        found, more = at(start)
         added = [a + b for a, b in zip(sums, found, strict=True)]
-        return start + chunk_size, added, overflow | overflowed, clipped + more
+        return start + chunk_size, added, clipped + more
 
-    sums, overflow, clipped = at(tf.constant(0))
-    _, sums, overflow, clipped = tf.while_loop(
+    sums, clipped = at(tf.constant(0))
+    _, sums, clipped = tf.while_loop(
         lambda start, *_: start < size,
         body,
-        (tf.constant(chunk_size), sums, overflow, clipped),
+        (tf.constant(chunk_size), sums, clipped),
         parallel_iterations=1,
     )
-    return sums, overflow, clipped
+    return sums, clipped
 
 
 def _values(batch: Batch) -> list[tf.Tensor]:

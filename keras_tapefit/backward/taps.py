@@ -29,6 +29,7 @@ from tensorflow.python.eager.record import could_possibly_record
 
 from keras_tapefit.gradients.layers import NamedLayer
 
+
 class Watcher(Protocol):
     """Who looks at the gradients of taps, as hooks do."""
 

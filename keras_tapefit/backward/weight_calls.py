@@ -119,9 +119,7 @@ class Flat(Opened):
         with _without_activation(layer):
             rows = call(tf.reshape(inputs, [-1, inputs.shape[-1]]), *args[1:], **kwargs)
         shape = tf.concat([tf.shape(inputs)[:-1], [rows.shape[-1]]], axis=0)
-        outputs = tf.ensure_shape(
-            tf.reshape(rows, shape), [*inputs.shape[:-1], rows.shape[-1]]
-        )
+        outputs = tf.ensure_shape(tf.reshape(rows, shape), [*inputs.shape[:-1], rows.shape[-1]])
         return outputs if activation is None else activation(outputs)
 
 

@@ -109,7 +109,9 @@ class Product:
         matrix = tf.cast(self._from_weight(other), self._inputs.dtype)
         rows = tf.matmul(tf.reshape(self._inputs, [-1, self._inputs.shape[-1]]), matrix)
         rows *= tf.reshape(self._gradients, [-1, self._gradients.shape[-1]])
-        return tf.cast(tf.reduce_sum(tf.reshape(rows, tf.shape(self._gradients)), [1, 2]), "float64")
+        return tf.cast(
+            tf.reduce_sum(tf.reshape(rows, tf.shape(self._gradients)), [1, 2]), "float64"
+        )
 
     def total(self, shares: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
         inputs, gradients = cleaned(self._inputs, kept), cleaned(self._gradients, kept)
@@ -264,9 +266,7 @@ def _dense(layer: Any, calls: Calls) -> Iterator[tuple[Any, WeightGradient]]:
 def _einsum_dense(layer: Any, calls: Calls) -> Iterator[tuple[Any, WeightGradient]]:
     x, w, y = _labels(layer.equation, calls[0][0].shape.rank)
     shared = [c for c in w if c in x and c in y]
-    lone = [c for c in x if c not in w and c not in y] + [
-        c for c in w if c not in x and c not in y
-    ]
+    lone = [c for c in x if c not in w and c not in y] + [c for c in w if c not in x and c not in y]
     if shared or lone or x[0] in w or not y.startswith(x[0]):
         raise NotUnderstood(f"the equation {layer.equation!r} of layer {layer.name!r}")
     into = [c for c in w if c in x]
@@ -339,14 +339,13 @@ def _windows(layer: Any, x: tf.Tensor, gradient: tf.Tensor) -> Iterator[tf.Tenso
         padding.append((before, max(needed - before, 0)))
     x = tf.pad(x, [(0, 0), *padding, (0, 0)])
     for number in range(math.prod(layer.kernel_size)):
-        place, rest = [], number
+        place: list[int] = []
+        rest = number
         for k in reversed(layer.kernel_size):
             place.insert(0, rest % k)
             rest //= k
         begin = [o * d for o, d in zip(place, layer.dilation_rate, strict=True)]
-        ends = [
-            b + (m - 1) * s + 1 for b, m, s in zip(begin, outputs, layer.strides, strict=True)
-        ]
+        ends = [b + (m - 1) * s + 1 for b, m, s in zip(begin, outputs, layer.strides, strict=True)]
         inner = [slice(*t) for t in zip(begin, ends, layer.strides, strict=True)]
         yield x[(slice(None), *inner)]
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_tapefit.callbacks.gradient_csv import _is_chief
 from keras_tapefit.callbacks.reader import (
+    LayerNorms,
     RecordReader,
     check_interval,
     column_names,
@@ -41,6 +42,8 @@ class GradientTensorBoard(RecordReader):
             0: none.
         per_variable: whether to show norms and ratios of each variable.
         updates: whether to show update-to-weight ratios.
+        per_layer: whether to show norms of each layer: of the variables it holds, with the
+            tag `gradient_norm/<path of the layer>`.
 
     Raises:
         TypeError: when an argument is of the wrong type, or the model is not a
@@ -72,6 +75,7 @@ class GradientTensorBoard(RecordReader):
         histograms_every: int = 0,
         per_variable: bool = True,
         updates: bool = True,
+        per_layer: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(log_dir, str | os.PathLike):
@@ -81,18 +85,22 @@ class GradientTensorBoard(RecordReader):
         self.histograms_every = check_interval("histograms_every", histograms_every, 0)
         self.per_variable = check_bool("per_variable", per_variable)
         self.updates = check_bool("updates", updates)
+        self.per_layer = check_bool("per_layer", per_layer)
+        self._layers: LayerNorms | None = None
         self._writer: Any = None
         self._start = 0
 
     def request(self) -> RecordRequest:
-        return RecordRequest(self.per_variable, self.updates, self.histograms_every)
+        of_variables = self.per_variable or self.per_layer
+        return RecordRequest(of_variables, self.updates, self.histograms_every)
 
     def begin(self, records: Records, step: int) -> None:
         clock = runtime_of(self.model).clock
-        # A training that goes on after a restart counts on from where it began.
+        # A training that continues after a restart counts on from where it began.
         if clock.first_step is None:
             clock.first_step = step
         self._start = clock.first_step
+        self._layers = LayerNorms(records) if self.per_layer else None
         if _is_chief(self.model):
             _import_tensorboard()
             folder = os.path.join(os.fspath(self.log_dir), "gradients")
@@ -102,8 +110,12 @@ class GradientTensorBoard(RecordReader):
         assert self._records is not None
         if self._writer is None:
             return
-        names = column_names(self._records, self.request())
+        names = column_names(self._records, RecordRequest(self.per_variable, self.updates))
         places = {name: self._records.columns.index(name) for name in names}
+        if self._layers is not None:
+            first = len(self._records.columns)
+            places.update((name, first + i) for i, name in enumerate(self._layers.names))
+            rows = np.concatenate([rows, self._layers.of(rows)], axis=1)
         with self._writer.as_default():
             for step, row in zip(steps - self._start + 1, rows, strict=True):
                 if step % self.write_every == 0:

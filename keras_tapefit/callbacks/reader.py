@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_tapefit.gradients.checks import check_integer
+from keras_tapefit.gradients.layers import layer_path
 from keras_tapefit.training.runtime import runtime_of
 from keras_tapefit.training.trainer import TapeTrainer
 from keras_tapefit.update.records import Records
@@ -146,6 +147,39 @@ def column_names(records: Records, request: RecordRequest) -> list[str]:
         if keep:
             wanted.append(name)
     return wanted
+
+
+class LayerNorms:
+    """Norms of layers, made of those of their variables.
+
+    Args:
+        records: with norms of each variable.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._places: dict[str, list[int]] = {}
+        for i, name in enumerate(records.columns):
+            kind, _, path = name.partition("/")
+            if path and kind in ("gradient_norm", "gradient_norm_after"):
+                self._places.setdefault(f"{kind}/{layer_path(path)}", []).append(i)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._places)
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the columns for records of shape `[num_steps, num_columns]`.
+
+        What is frozen is NaN, and counts for nothing in a layer with other variables.
+        """
+        found = []
+        for places in self._places.values():
+            values = rows[:, places].astype("float64")
+            frozen = np.isnan(values)
+            norms = np.sqrt(np.sum(np.where(frozen, 0.0, values) ** 2, axis=1))
+            found.append(np.where(frozen.all(axis=1), np.nan, norms))
+        return np.stack(found, axis=1).astype("float32")
 
 
 def check_interval(name: str, value: Any, minimum: int) -> int:

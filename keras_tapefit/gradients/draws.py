@@ -43,5 +43,9 @@ def normal(shape: Sequence[int], seed: tuple[Any, Any]) -> tf.Tensor:
     Returns:
         A float32 tensor.
     """
-    first, second = tf.unstack(uniform([2, *shape], seed))
-    return tf.sqrt(-2.0 * tf.math.log(first)) * tf.cos(2.0 * math.pi * second)
+    size = math.prod(shape)
+    first, second = tf.unstack(uniform([2, (size + 1) // 2], seed))
+    length, angle = tf.sqrt(-2.0 * tf.math.log(first)), 2.0 * math.pi * second
+    # Two independent numbers of each pair.
+    both = tf.concat([length * tf.cos(angle), length * tf.sin(angle)], axis=0)
+    return tf.reshape(both[:size], shape)

@@ -103,6 +103,11 @@ class Gradients:
         *,
         unique_rows: bool = False,
     ) -> None:
+        if not isinstance(gradients_and_variables, Iterable):
+            raise TypeError(
+                "Gradients are made of pairs `(gradient, variable)`, in a list. Received: "
+                f"{gradients_and_variables!r} (of type {type(gradients_and_variables).__name__})."
+            )
         pairs = [_checked(pair) for pair in gradients_and_variables]
         self._values = [gradient for gradient, _ in pairs]
         self._variables = [variable for _, variable in pairs]
@@ -153,7 +158,7 @@ class Gradients:
         """
         position = self._position(key)
         if position is None:
-            name = key if isinstance(key, str) else _targets.variable_path(key)
+            name = _targets.variable_path(key) if _targets.is_variable(key) else key
             raise KeyError(
                 f"No gradient for {name!r}. The variables are: "
                 f"{', '.join(map(repr, self.keys())) or '(none)'}."
@@ -239,6 +244,8 @@ class Gradients:
 
     def scale(self, factor: Any) -> Gradients:
         """Multiplies every gradient by a scalar; sparse gradients stay sparse."""
+        if factor is None or isinstance(factor, str | bytes):
+            raise TypeError(f"`factor` must be a number or a scalar. Received: factor={factor!r}.")
 
         def scaled(gradient: Any) -> Any:
             if gradient is None:

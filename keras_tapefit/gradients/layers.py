@@ -29,6 +29,11 @@ def has_trainable_weights(layer: Any) -> bool:
     return any(part._trainable_variables for part in layers_of(layer))
 
 
+def layer_path(variable_path: str) -> str:
+    """Returns the path of the layer that holds a variable; of a bare one its own."""
+    return variable_path.rpartition("/")[0] or variable_path
+
+
 def own_weights(layer: Any) -> list[Any]:
     """Returns the weights that a layer holds itself, those that are frozen too."""
     return list(layer._trainable_variables)

@@ -7,6 +7,7 @@ from keras_tapefit.hooks.clipping import BlockRMSClipping as BlockRMSClipping
 from keras_tapefit.hooks.clipping import GlobalNormClipping as GlobalNormClipping
 from keras_tapefit.hooks.clipping import NormClipping as NormClipping
 from keras_tapefit.hooks.clipping import ValueClipping as ValueClipping
+from keras_tapefit.hooks.during import During as During
 from keras_tapefit.hooks.freezing import Freezing as Freezing
 from keras_tapefit.hooks.freezing import GradualUnfreezing as GradualUnfreezing
 from keras_tapefit.hooks.function import LambdaHook as LambdaHook

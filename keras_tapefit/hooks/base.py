@@ -79,7 +79,7 @@ class GradientHook:
     uses_loss: bool = False
     uses_parts: ClassVar[bool] = False
     uses_step_count: bool = False
-    _watches_outputs: bool = False
+    _gate: Any = None
     keeps_state: ClassVar[tuple[str, ...]] = ()
     _target_arguments: ClassVar[tuple[str, ...]] = ("targets",)
 
@@ -181,10 +181,14 @@ class GradientHook:
         return self.__copy__()
 
     def __repr__(self) -> str:
-        parts = []
+        parts: list[str] = []
+        seen: list[str] = []
         for argument in init_arguments(type(self)):
             value = self._name if argument == "name" else self.__dict__.get(argument)
-            if value is not None:
+            # Options after the name are shown where they are on.
+            is_off = value is None or (value is False and "name" in seen)
+            seen.append(argument)
+            if not is_off:
                 parts.append(f"{argument}={shown(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -374,7 +378,10 @@ class GradientHook:
             raise ValueError(
                 f"`reduction` must be 'mean' or 'sum'. Received: reduction={reduction!r}."
             )
-        value = tf.cast(tf.convert_to_tensor(value), tf.float32)
+        value = tf.convert_to_tensor(value)
+        if value.dtype == tf.string:
+            raise TypeError(f"The log entry {name!r} must be a number. Received: {value!r}.")
+        value = tf.cast(value, tf.float32)
         if value.shape.rank not in (0, None):
             raise ValueError(
                 f"The log entry {name!r} of hook {self.name!r} must be a scalar. "
@@ -450,6 +457,26 @@ class GradientHook:
         Args:
             gradients: of the hook's variables that are being trained.
         """
+
+    @property
+    def _trace_key(self) -> Any:
+        """What of the hook decides a trace."""
+        return self._structure
+
+    @property
+    def _kept_when_skipped(self) -> list[keras.Variable]:
+        """The state that a skipped step keeps."""
+        return self._lasting
+
+    @property
+    def _watcher(self) -> Any:
+        """Who looks at the outputs of layers: the hook itself."""
+        return self
+
+    @property
+    def _watches_outputs(self) -> bool:
+        """Whether it looks at what layers return."""
+        return False
 
     def _chosen_layers(self, layers: Sequence[NamedLayer]) -> list[NamedLayer]:
         """Returns the layers of the model whose outputs the hook looks at."""

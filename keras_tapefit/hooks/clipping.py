@@ -22,6 +22,7 @@ from keras_tapefit.gradients.norms import (
     times_twice,
     wide,
 )
+from keras_tapefit.gradients.sparse import to_dense, values_of
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.number import Number
 
@@ -52,8 +53,48 @@ def shorten(gradients: Gradients, places: Sequence[Any], bounds: dict[Any, Any])
     return gradients._with_stored(scaled)
 
 
+class ClippingHook(GradientHook):
+    """Base class of clipping: subclasses implement `clip`.
+
+    Args:
+        targets: the variables to clip; `None`: all.
+        name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped.
+    """
+
+    def __init__(
+        self, targets: Targets = None, name: str | None = None, log_clipped: bool = False
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.log_clipped = check_bool("log_clipped", log_clipped)
+
+    def clip(self, gradients: Gradients) -> Gradients:
+        """Returns the gradients, shortened where they are too long."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `clip`.")
+
+    def apply(self, gradients: Gradients) -> Gradients:
+        clipped = self.clip(gradients)
+        if self.log_clipped:
+            entry = "clipped_steps" if self._name is None else f"{self._name}_clipped_steps"
+            self.report(entry, tf.cast(_differ(gradients, clipped), tf.float32))
+        return clipped
+
+
+def _differ(before: Gradients, after: Gradients) -> tf.Tensor:
+    """Returns whether any element that is a number was changed."""
+    pairs = zip(before.present(), after.present(), strict=True)
+    changed = [
+        # What was not stored of a sparse gradient is 0, and stays so.
+        tf.reduce_any((values_of(b) != values_of(a)) & ~tf.math.is_nan(values_of(b)))
+        if isinstance(a, tf.IndexedSlices) == isinstance(b, tf.IndexedSlices)
+        else tf.reduce_any(to_dense(b) != to_dense(a))
+        for b, a in pairs
+    ]
+    return tf.reduce_any(tf.stack(changed)) if changed else tf.constant(False)
+
+
 @keras.saving.register_keras_serializable("keras_tapefit")
-class GlobalNormClipping(GradientHook):
+class GlobalNormClipping(ClippingHook):
     """Scales all gradients down together where their joint norm exceeds a bound.
 
     The usual cure for loss spikes: the direction of the step is kept. Keras's own
@@ -68,6 +109,8 @@ class GlobalNormClipping(GradientHook):
         max_norm: `c`, a positive number, a schedule or a callable of the step.
         targets: the variables the norm is taken over; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         ValueError: when `max_norm` is not positive.
@@ -81,16 +124,22 @@ class GlobalNormClipping(GradientHook):
 
     max_norm = bound()
 
-    def __init__(self, max_norm: Any, targets: Targets = None, name: str | None = None) -> None:
-        super().__init__(targets=targets, name=name)
+    def __init__(
+        self,
+        max_norm: Any,
+        targets: Targets = None,
+        name: str | None = None,
+        log_clipped: bool = False,
+    ) -> None:
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         self.max_norm = max_norm
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         return shorten(gradients, [None] * len(gradients), {None: self.max_norm})
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class NormClipping(GradientHook):
+class NormClipping(ClippingHook):
     """Scales the gradient of each variable, or layer, down where its norm is too large.
 
     For models whose layers have gradients of very different sizes. It changes the
@@ -107,6 +156,8 @@ class NormClipping(GradientHook):
             instead of over each one.
         targets: the variables to clip; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         TypeError: when `per_layer` is no bool.
@@ -128,18 +179,19 @@ class NormClipping(GradientHook):
         per_layer: bool = False,
         targets: Targets = None,
         name: str | None = None,
+        log_clipped: bool = False,
     ) -> None:
-        super().__init__(targets=targets, name=name)
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         self.max_norm = max_norm
         self.per_layer = check_bool("per_layer", per_layer)
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         places = [self.layer(v) if self.per_layer else id(v) for v in gradients.variables]
         return shorten(gradients, places, dict.fromkeys(places, self.max_norm))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class ValueClipping(GradientHook):
+class ValueClipping(ClippingHook):
     """Clamps every element of the gradients.
 
     A blunt bound on single elements; it changes the direction. Keras's own `clipvalue`
@@ -152,6 +204,8 @@ class ValueClipping(GradientHook):
         max_value: `v`, a positive number, a schedule or a callable of the step.
         targets: the variables to clip; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         ValueError: when `max_value` is not positive.
@@ -165,17 +219,23 @@ class ValueClipping(GradientHook):
 
     max_value = bound()
 
-    def __init__(self, max_value: Any, targets: Targets = None, name: str | None = None) -> None:
-        super().__init__(targets=targets, name=name)
+    def __init__(
+        self,
+        max_value: Any,
+        targets: Targets = None,
+        name: str | None = None,
+        log_clipped: bool = False,
+    ) -> None:
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         self.max_value = max_value
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         max_value = self.max_value
         return gradients._with_stored(lambda values: clamped(values, max_value))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class BlockRMSClipping(GradientHook):
+class BlockRMSClipping(ClippingHook):
     """Scales each variable's gradient down where its root mean square is too large.
 
     Like `NormClipping`, with a bound that does not depend on the variable's size.
@@ -188,6 +248,8 @@ class BlockRMSClipping(GradientHook):
         max_rms: `τ`, a positive number, a schedule or a callable of the step.
         targets: the variables to clip; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         ValueError: when `max_rms` is not positive.
@@ -201,11 +263,17 @@ class BlockRMSClipping(GradientHook):
 
     max_rms = bound()
 
-    def __init__(self, max_rms: Any, targets: Targets = None, name: str | None = None) -> None:
-        super().__init__(targets=targets, name=name)
+    def __init__(
+        self,
+        max_rms: Any,
+        targets: Targets = None,
+        name: str | None = None,
+        log_clipped: bool = False,
+    ) -> None:
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         self.max_rms = max_rms
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         max_rms = self.max_rms
         # As a bound on the norm: `rms(g) = ‖g‖ / sqrt(n)`, with n elements.
         bounds = {id(v): max_rms * _root_of_size(v) for v in gradients.variables}
@@ -217,7 +285,7 @@ def _root_of_size(variable: Any) -> float:
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class AdaptiveClipping(GradientHook):
+class AdaptiveClipping(ClippingHook):
     """Clips each unit's gradient relative to the norm of the unit's weights (AGC).
 
     For networks without normalisation layers, and where one bound does not suit all
@@ -235,6 +303,8 @@ class AdaptiveClipping(GradientHook):
         targets: the variables to clip; `None`: all. The paper leaves out the last
             layer.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         ValueError: when `max_ratio` is not positive.
@@ -249,12 +319,16 @@ class AdaptiveClipping(GradientHook):
     max_ratio = bound()
 
     def __init__(
-        self, max_ratio: Any = 0.01, targets: Targets = None, name: str | None = None
+        self,
+        max_ratio: Any = 0.01,
+        targets: Targets = None,
+        name: str | None = None,
+        log_clipped: bool = False,
     ) -> None:
-        super().__init__(targets=targets, name=name)
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         self.max_ratio = max_ratio
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         max_ratio = self.max_ratio
 
         def clip(gradient: tf.Tensor, weights: Any, axes: Sequence[int]) -> tf.Tensor:

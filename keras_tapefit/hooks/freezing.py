@@ -94,15 +94,15 @@ class Freezing(FreezingSchedule):
             raise ValueError(
                 f"Give `epochs` or `steps`, not both. Received: epochs={epochs!r}, steps={steps!r}."
             )
-        _range("epochs", epochs)
-        _range("steps", steps)
+        epochs_or_steps("epochs", epochs)
+        epochs_or_steps("steps", steps)
         self.epochs = epochs
         self.steps = steps
         self.uses_step_count = steps is not None
 
     def chosen_positions(self, epoch: int, step: int) -> list[int]:
-        in_epochs = epoch in _range("epochs", self.epochs)
-        in_steps = step in _range("steps", self.steps)
+        in_epochs = epoch in epochs_or_steps("epochs", self.epochs)
+        in_steps = step in epochs_or_steps("steps", self.steps)
         return list(range(len(self._positions))) if in_epochs and in_steps else []
 
 
@@ -174,7 +174,7 @@ class GradualUnfreezing(FreezingSchedule):
         return sorted(waiting - training)
 
 
-def _range(name: str, given: Any) -> range:
+def epochs_or_steps(name: str, given: Any) -> range:
     """Returns the epochs or steps that an argument stands for."""
     if given is None:
         return range(2**62)

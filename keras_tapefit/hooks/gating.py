@@ -39,9 +39,9 @@ class SkipNonFinite(GradientHook):
         max_consecutive: after this many skipped steps in a row `fit` stops with a
             `FloatingPointError` that names the variable and the step where it began.
             `None`: never.
-        locate: whether to keep where it began: layer, step and examples.
         targets: the variables to look at; `None`: all.
         name: the hook's name.
+        locate: whether to keep where it began: layer, step and examples.
 
     Raises:
         TypeError, ValueError: when `max_consecutive` is no positive integer, or `locate` no
@@ -62,9 +62,9 @@ class SkipNonFinite(GradientHook):
     def __init__(
         self,
         max_consecutive: int | None = None,
-        locate: bool = False,
         targets: Targets = None,
         name: str | None = None,
+        locate: bool = False,
     ) -> None:
         super().__init__(targets=targets, name=name)
         if max_consecutive is not None:
@@ -91,8 +91,9 @@ class SkipNonFinite(GradientHook):
 
         `None`: nowhere yet, or it is not looked for. Waits for the device.
         """
-        found = self._locator is not None and self._built_for is not None
-        return self._locator.text(self._layers) if found else None
+        if self._locator is None or self._built_for is None:
+            return None
+        return self._locator.text(self._layers)
 
     def build(self, variables: Any) -> None:
         def counter(name: str) -> keras.Variable:

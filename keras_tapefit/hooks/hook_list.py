@@ -65,6 +65,8 @@ class HookList(MutableSequence[GradientHook]):
         _take_in(hook, name)
 
     def extend(self, values: Iterable[Any]) -> None:
+        if not isinstance(values, Iterable):
+            raise TypeError(f"Hooks must be in a list. Received: {values!r}.")
         hooks = [as_hook(value) for value in values]
         for hook in hooks:
             _check_is_free(hook)
@@ -282,12 +284,12 @@ class HookList(MutableSequence[GradientHook]):
 
     def undone_variables(self) -> list[Any]:
         """Returns the state that a rejected step must not change."""
-        lasting = {id(v) for hook in self._hooks for v in hook._lasting}
+        lasting = {id(v) for hook in self._hooks for v in hook._kept_when_skipped}
         return [v for hook in self._hooks for v in hook.variables if id(v) not in lasting]
 
-    def structure(self) -> tuple[tuple[GradientHook, int], ...]:
+    def structure(self) -> tuple[tuple[GradientHook, Any], ...]:
         """Returns what decides the traced graph: two equal ones share a trace."""
-        return tuple((hook, hook._structure) for hook in self._hooks)
+        return tuple((hook, hook._trace_key) for hook in self._hooks)
 
     def prepare(
         self,
@@ -446,10 +448,20 @@ def check_callbacks(callbacks: Any) -> None:
                 f"Received: {value!r}."
             )
         is_class = isinstance(value, type) and issubclass(value, GradientHook)
+        if isinstance(value, type) and issubclass(value, keras.callbacks.Callback):
+            raise TypeError(
+                f"A callback must be an instance. Did you mean `{value.__name__}(...)`? "
+                f"Received: {value!r}."
+            )
         if is_class or isinstance(value, GradientHook | HookList):
             raise TypeError(
                 f"{value!r} is a gradient hook and no callback. Pass it to "
                 "`compile(gradient_hooks=[...])` or `model.register_gradient_hook(...)`."
+            )
+        if value is not None and not hasattr(value, "set_model"):
+            raise TypeError(
+                "`callbacks` must be a list of `keras.callbacks.Callback`. "
+                f"Received: {value!r} (of type {type(value).__name__})."
             )
 
 

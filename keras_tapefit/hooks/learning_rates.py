@@ -57,6 +57,16 @@ class LearningRateMultiplier(GradientHook):
             variable.assign(tf.where(factor == 1.0, new, old + factor * (new - old)))
 
 
+def _from_input_to_output(model: keras.Model) -> list[Any]:
+    found: dict[int, Any] = {}
+    for layer in model.layers:
+        inside = _from_input_to_output(layer) if isinstance(layer, keras.Model) else []
+        # A model that holds its weights itself is one layer.
+        inside = inside or [layer]
+        found.update((id(v), v) for v in inside if v.trainable_variables)
+    return list(found.values())
+
+
 def learning_rates_by_depth(
     layers: keras.Model | Sequence[Targets], decay: float = 1 / 2.6
 ) -> list[LearningRateMultiplier]:
@@ -69,8 +79,9 @@ def learning_rates_by_depth(
     classification", arXiv:1801.06146, section 3.2.
 
     Args:
-        layers: a built model, whose layers with weights count, or a list of targets,
-            from the input to the output.
+        layers: a built model, whose layers with weights count, those of the models in it
+            too, such as a pretrained base; or a list of targets, from the input to the
+            output.
         decay: a positive number; 1/2.6 in the paper.
 
     Returns:
@@ -87,7 +98,7 @@ def learning_rates_by_depth(
     ```
     """
     if isinstance(layers, keras.Model):
-        layers = [layer for layer in layers.layers if layer.trainable_variables]
+        layers = _from_input_to_output(layers)
     if not isinstance(layers, list | tuple):
         raise TypeError(
             "`layers` must be a model or a list of targets, from the input to the output. "

@@ -22,15 +22,15 @@ class Place(NamedTuple):
 
     Attributes:
         kind: one of the numbers above, in the order in which a step computes them.
-        index: of the input, the variable or the layer.
+        number: of the input, the variable or the layer.
         call: the number of the call of the layer.
-        passes_back: the index of the only layer that takes the output, whose backward pass
+        passes_back: the number of the only layer that takes the output, whose backward pass
             gives the gradient there; −1: none, or several.
         value: a tensor; `None` in a description.
     """
 
     kind: int
-    index: int
+    number: int
     call: int = 0
     passes_back: int = -1
     value: Any = None
@@ -162,7 +162,7 @@ def describe(place: Place, layers: Sequence[str], variables: Sequence[str]) -> s
         layers: the paths of the layers.
         variables: the paths of the weights.
     """
-    kind, index, call = place.kind, place.index, place.call
+    kind, index, call = place.kind, place.number, place.call
     if kind == INPUT:
         return f"in the data: `{_PARTS_OF_BATCH[index]}`"
     if kind == WEIGHT:
@@ -207,7 +207,9 @@ def _bad(place: Place, size: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     rows = tf.reduce_any(bad, axis=list(range(1, bad.shape.rank)))
     # The first axis need not be that of the examples.
     is_batch = tf.cast(tf.shape(rows)[0], tf.int64) == size
-    return tf.reduce_any(rows), tf.concat([rows, none], axis=0)[: tf.cast(size, tf.int32)] & is_batch
+    return tf.reduce_any(rows), tf.concat([rows, none], axis=0)[
+        : tf.cast(size, tf.int32)
+    ] & is_batch
 
 
 def _examples(
@@ -233,9 +235,7 @@ def _examples(
     if outputs.num_replicas > 1:
         mine = tf.one_hot(outputs.replica, outputs.num_replicas, dtype=tf.int64)
         sizes, counts = tf.unstack(outputs.sum_over(tf.stack([mine * size, mine * count])))
-        before = tf.reduce_sum(
-            tf.where(tf.range(outputs.num_replicas) < outputs.replica, sizes, 0)
-        )
+        before = tf.reduce_sum(tf.where(tf.range(outputs.num_replicas) < outputs.replica, sizes, 0))
         own = _leading(tf.where(numbers > 0, numbers + before, 0))
         numbers = tf.reshape(outputs.sum_over(mine[:, None] * own), [-1])
         count = tf.reduce_sum(counts)

@@ -119,22 +119,22 @@ class LogEntries:
         for name in set(self._owners) - kept:
             del self._owners[name], self._entries[name]
 
-    def values(self) -> tuple[list[str], np.ndarray]:
-        """Returns the names of the entries, and their sums and counts, `[2, entries]`."""
-        names = list(self._entries)
-        slots = [self._entries[name][0] for name in names]
-        return names, np.asarray(keras.ops.convert_to_numpy(self.state))[:, slots]
+    def values(self) -> tuple[dict[str, str], np.ndarray]:
+        """Returns the reduction of each entry, and their sums and counts, `[2, entries]`."""
+        slots = [slot for slot, _ in self._entries.values()]
+        values = np.asarray(keras.ops.convert_to_numpy(self.state))[:, slots]
+        return {name: reduction for name, (_, reduction) in self._entries.items()}, values
 
-    def restore(self, names: Sequence[str], values: np.ndarray) -> None:
+    def restore(self, reductions: dict[str, str], values: np.ndarray) -> None:
         """Puts back what `values` gave; the hooks of the names may report them later."""
         state = np.zeros((2, self.capacity), "float32")
-        for name, column in zip(names, values.T, strict=True):
+        for (name, reduction), column in zip(reductions.items(), values.T, strict=True):
             if name not in self._entries:
                 used = {slot for slot, _ in self._entries.values()}
                 slot = next(s for s in range(self.capacity) if s not in used)
-                self._entries[name], self._owners[name] = (slot, "mean"), _RESTORED
+                self._entries[name], self._owners[name] = (slot, reduction), _RESTORED
             state[:, self._entries[name][0]] = column
-        self._of_training.update(names)
+        self._of_training.update(reductions)
         self.state.assign(state)
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets, variable_path
 from keras_tapefit.gradients.checks import check_bool
+from keras_tapefit.gradients.layers import layer_path
 from keras_tapefit.gradients.norms import joint_norm
 from keras_tapefit.gradients.sparse import to_dense
 from keras_tapefit.hooks.base import GradientHook
@@ -41,9 +42,11 @@ class GradientMonitor(GradientHook):
         targets: the variables to look at; `None`: all.
         name: the hook's name. The log entries are `gradient_norm` and
             `gradient_cosine`, or `<name>_norm` and `<name>_cosine` when a name is given.
+        per_layer: whether the joint norm of the variables that a layer holds is logged too,
+            as `"<entry>/<path of the layer>"`.
 
     Raises:
-        TypeError: when `per_variable` or `validation` is no bool.
+        TypeError: when `per_variable`, `validation` or `per_layer` is no bool.
 
     Example:
 
@@ -60,7 +63,7 @@ class GradientMonitor(GradientHook):
     ```
     """
 
-    keeps_state = ("per_variable",)
+    keeps_state = ("per_variable", "per_layer")
 
     def __init__(
         self,
@@ -68,12 +71,14 @@ class GradientMonitor(GradientHook):
         validation: bool = False,
         targets: Targets = None,
         name: str | None = None,
+        per_layer: bool = False,
     ) -> None:
         super().__init__(targets=targets, name=name)
         check_bool("per_variable", per_variable)
         check_bool("validation", validation)
         self.per_variable = per_variable
         self.validation = validation
+        self.per_layer = check_bool("per_layer", per_layer)
 
     @property
     def watches_validation(self) -> bool:
@@ -108,6 +113,13 @@ class GradientMonitor(GradientHook):
         self.report(f"{self._entry}_norm", gradients.global_norm())
         if self.per_variable:
             for path, norm in gradients.norms().items():
+                self.report(f"{self._entry}_norm/{path}", norm)
+        if self.per_layer:
+            places: dict[str, list[int]] = {}
+            for i, variable in enumerate(gradients.variables):
+                places.setdefault(layer_path(variable_path(variable)), []).append(i)
+            for path, members in places.items():
+                norm = gradients._subset(members).global_norm()
                 self.report(f"{self._entry}_norm/{path}", norm)
 
 

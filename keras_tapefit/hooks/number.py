@@ -99,6 +99,11 @@ class Number:
 
     def _usable(self, value: Any) -> tf.Tensor:
         """Returns what a schedule or a callable gave, within bounds."""
+        if value is None or isinstance(value, str):
+            raise TypeError(
+                f"`{self.name}` must be a number at each step. Received: {value!r} from what was "
+                "assigned to it."
+            )
         value = tf.convert_to_tensor(value)
         if value.shape.rank not in (0, None):
             raise ValueError(

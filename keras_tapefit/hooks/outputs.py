@@ -27,8 +27,6 @@ class OutputHook(GradientHook):
         name: the hook's name.
     """
 
-    _watches_outputs = True
-
     def __init__(self, layers: Any = None, name: str | None = None) -> None:
         super().__init__(name=name)
         for layer in _as_list(layers):
@@ -42,6 +40,10 @@ class OutputHook(GradientHook):
 
     def apply(self, gradients: Gradients) -> Gradients:
         return gradients
+
+    @property
+    def _watches_outputs(self) -> bool:
+        return True
 
     @property
     def _names_layers(self) -> bool:
@@ -152,7 +154,10 @@ class OutputGradient(OutputHook):
         return True
 
     def _replaced(self, gradient: tf.Tensor, path: str, layer: Any) -> Any:
-        return self.fn(gradient, layer)
+        result = self.fn(gradient, layer)
+        if self._gate is None or not tf.is_tensor(result):
+            return result
+        return tf.where(self._gate.is_active(), tf.cast(result, gradient.dtype), gradient)
 
 
 def _check_takes_two(fn: Callable[..., Any]) -> None:
@@ -239,9 +244,13 @@ class OutputMonitor(OutputHook):
             return
         total = outputs.sum_over(tf.stack([tf.add_n(found) for found in squares.values()]))
         for path, norm in zip(squares, tf.unstack(tf.sqrt(total)), strict=True):
-            self.report(f"{self._entry}_gradient_norm/{path}", norm)
+            self._report_of(path, "gradient_norm", norm)
         for path, share in self._dead(alive, outputs).items():
-            self.report(f"{self._entry}_dead_units/{path}", share)
+            self._report_of(path, "dead_units", share)
+
+    def _report_of(self, path: str, kind: str, value: tf.Tensor) -> None:
+        name = f"{self._entry}_{kind}/{path}"
+        self.report(name, value)
 
     def _dead(self, alive: dict[str, list[tf.Tensor]], outputs: Outputs) -> dict[str, tf.Tensor]:
         """Returns by layer the share of units that were 0 in all calls, on all replicas."""

@@ -10,14 +10,13 @@ import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients, Targets
 from keras_tapefit.gradients.checks import check_count
-from keras_tapefit.hooks.base import GradientHook
-from keras_tapefit.hooks.clipping import shorten
+from keras_tapefit.hooks.clipping import ClippingHook, shorten
 from keras_tapefit.hooks.number import Number
 from keras_tapefit.hooks.statistics import Moments, finite_norm
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class PercentileClipping(GradientHook):
+class PercentileClipping(ClippingHook):
     """Scales all gradients down together to a percentile of their past norms (AutoClip).
 
     Where no good bound for `GlobalNormClipping` is known, or where it changes in the
@@ -37,6 +36,8 @@ class PercentileClipping(GradientHook):
         history: the number of steps remembered; a positive integer.
         targets: the variables the norm is taken over; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         TypeError, ValueError: when an argument is out of range.
@@ -56,8 +57,9 @@ class PercentileClipping(GradientHook):
         history: int = 1000,
         targets: Targets = None,
         name: str | None = None,
+        log_clipped: bool = False,
     ) -> None:
-        super().__init__(targets=targets, name=name)
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         check_count("history", history)
         self.percentile = percentile
         self.history = history
@@ -66,7 +68,7 @@ class PercentileClipping(GradientHook):
         self._norms = self.add_variable((self.history,), name="norms")
         self._count = self.add_variable(dtype="int64", name="count")
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         norm, joins = finite_norm(gradients)
         places = tf.range(self.history, dtype=tf.int64)
         here = joins & (places == self._count.value % self.history)
@@ -92,7 +94,7 @@ def _percentile(values: tf.Tensor, num_values: tf.Tensor, percentile: tf.Tensor)
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")
-class ZScoreClipping(GradientHook):
+class ZScoreClipping(ClippingHook):
     """Scales all gradients down together where their norm is a statistical outlier (ZClip).
 
     For large models whose loss spikes now and then: usual steps pass untouched, whatever
@@ -114,6 +116,8 @@ class ZScoreClipping(GradientHook):
         num_warmup_steps: the number of steps in the warm-up; a positive integer.
         targets: the variables the norm is taken over; `None`: all.
         name: the hook's name.
+        log_clipped: whether to log the share of steps that were clipped, as `clipped_steps`,
+            or `<name>_clipped_steps` when a name is given.
 
     Raises:
         TypeError, ValueError: when an argument is out of range.
@@ -135,8 +139,9 @@ class ZScoreClipping(GradientHook):
         num_warmup_steps: int = 25,
         targets: Targets = None,
         name: str | None = None,
+        log_clipped: bool = False,
     ) -> None:
-        super().__init__(targets=targets, name=name)
+        super().__init__(targets=targets, name=name, log_clipped=log_clipped)
         check_count("num_warmup_steps", num_warmup_steps)
         self.max_zscore = max_zscore
         self.momentum = momentum
@@ -145,7 +150,7 @@ class ZScoreClipping(GradientHook):
     def build(self, variables: Any) -> None:
         self._moments = Moments(self, self.num_warmup_steps)
 
-    def apply(self, gradients: Gradients) -> Gradients:
+    def clip(self, gradients: Gradients) -> Gradients:
         moments, max_zscore = self._moments, self.max_zscore
         norm, finite = finite_norm(gradients)
         zscore = moments.zscore(norm)

@@ -56,8 +56,8 @@ class Clock(keras.callbacks.Callback):
         found = {"place": np.array(self.progress, "int64")}
         for i, variable in enumerate(self.model.metrics_variables):
             found[f"metric.{i}"] = keras.ops.convert_to_numpy(variable)
-        names, log_values = self.runtime.logs.entries.values()
-        found["log_names"] = np.frombuffer(json.dumps(names).encode(), "uint8")
+        reductions, log_values = self.runtime.logs.entries.values()
+        found["log_entries"] = np.frombuffer(json.dumps(reductions).encode(), "uint8")
         found["log_values"] = log_values
         return found
 
@@ -81,8 +81,8 @@ class Clock(keras.callbacks.Callback):
             for i, variable in enumerate(self.model.metrics_variables):
                 if f"metric.{i}" in given:
                     variable.assign(given[f"metric.{i}"])
-            names = json.loads(given["log_names"].tobytes())
-            self.runtime.logs.entries.restore(names, given["log_values"])
+            reductions = json.loads(given["log_entries"].tobytes())
+            self.runtime.logs.entries.restore(reductions, given["log_values"])
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.epoch = epoch

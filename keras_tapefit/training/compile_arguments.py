@@ -16,6 +16,7 @@ from keras_tapefit.gradients.checks import check_count
 from keras_tapefit.hooks import HookHandle
 from keras_tapefit.training import building, keras_trainer
 from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.update import trainable
 
 Compile = TypeVar("Compile", bound=Callable[..., None])
 # Asked for here: `keras.Model` may be another class later, in tests that swap it.
@@ -59,7 +60,9 @@ def check(model: Any, jit_compile: Any, micro_batches: Any) -> None:
             can have, or the model's strategy cannot train it.
     """
     check_count("micro_batches", micro_batches)
-    if isinstance(jit_compile, str) and jit_compile not in ("auto", "update"):
+    if not (jit_compile is None or isinstance(jit_compile, bool)) and (
+        jit_compile not in ("auto", "update")
+    ):
         raise ValueError(
             "`jit_compile` must be True, False, 'auto' or 'update'. "
             f"Received: jit_compile={jit_compile!r}."
@@ -112,6 +115,9 @@ def serialize(runtime: Runtime) -> dict[str, Any]:
     frozen = [i for i, v in enumerate(runtime.candidates()) if not v.trainable]
     if frozen:
         config["frozen"] = frozen
+        running = trainable.running_statistics(runtime.model)
+        if running:
+            config["running"] = running
     return config
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import h5py
 import numpy as np
 import tensorflow as tf
 
-# What is in a file besides the state of a model.
-SEAL, PROGRESS = "checksums", "progress"
+# What is in a file besides the state of a model. The seal is an attribute: all values are
+# those that Keras would write.
+SEAL, PROGRESS = "tapefit_checksum", "progress"
 
 
-def seal(store: Any) -> np.ndarray | None:
-    """Returns the checksums of all that a file holds so far, as bytes.
+def seal(store: Any) -> None:
+    """Adds the checksum of all that a file holds so far.
 
     HDF5 has none: a flipped bit would be a weight like any other. A file in several pieces
     has no seal.
@@ -26,19 +26,18 @@ def seal(store: Any) -> np.ndarray | None:
     Args:
         store: what Keras gives `save_own_variables`.
     """
-    if not _is_one_file(store):
-        return None
-    return np.frombuffer(json.dumps(_checksums(store.h5_file)).encode(), "uint8")
+    if _is_one_file(store):
+        store.h5_file.attrs[SEAL] = _checksum(store.h5_file)
 
 
-def check_seal(store: Any, seal: np.ndarray) -> None:
-    """Compares a file with its checksums.
+def check_seal(store: Any) -> None:
+    """Compares a file with its checksum, if it has one.
 
     Raises:
         ValueError: when something in it is not what was written.
     """
     if _is_one_file(store):
-        _compare(store.h5_file, seal)
+        _check_seal(store.h5_file)
 
 
 def check_file(path: str) -> tuple[int, ...] | None:
@@ -52,38 +51,33 @@ def check_file(path: str) -> tuple[int, ...] | None:
         OSError, ValueError, RuntimeError: when it cannot be read, or is damaged.
     """
     with h5py.File(path) as file:
+        _check_seal(file)
         state = file.get("_tapefit_state/vars", {})
-        if SEAL in state:
-            _compare(file, np.asarray(state[SEAL]))
         place = f"{PROGRESS}.place"
         return tuple(int(n) for n in state[place]) if place in state else None
 
 
-def _compare(file: Any, seal: np.ndarray) -> None:
-    try:
-        expected = json.loads(seal.tobytes())
-    except ValueError:
-        raise ValueError(f"{_DAMAGED} Received: checksums that cannot be read.") from None
-    found = _checksums(file)
-    names = sorted(name for name, value in expected.items() if found.get(name) != value)
-    if names:
-        raise ValueError(f"{_DAMAGED} Received: other values in {', '.join(names[:3])}.")
-
-
-_DAMAGED = "The file is damaged: its values are not those that were saved. Load another copy of it."
+def _check_seal(file: Any) -> None:
+    expected = file.attrs.get(SEAL)
+    if expected is not None and int(expected) != _checksum(file):
+        raise ValueError(
+            "The file is damaged: its values are not those that were saved. Load another copy "
+            f"of it. Received: {file.filename}, which has another checksum."
+        )
 
 
 def _is_one_file(store: Any) -> bool:
     return type(store).__name__ == "H5IOStore"
 
 
-def _checksums(file: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _checksum(file: Any) -> int:
+    found = 0
 
     def visit(name: str, item: Any) -> None:
-        if hasattr(item, "dtype") and not name.endswith(f"/{SEAL}"):
-            head = f"{item.shape} {item.dtype}".encode()
-            found[name] = zlib.crc32(np.ascontiguousarray(item[()]).tobytes(), zlib.crc32(head))
+        nonlocal found
+        if hasattr(item, "dtype"):
+            found = zlib.crc32(f"{name} {item.shape} {item.dtype}".encode(), found)
+            found = zlib.crc32(np.ascontiguousarray(item[()]).tobytes(), found)
 
     file.visititems(visit)
     return found
@@ -130,9 +124,9 @@ def unchanged_on_error(runtime: Any) -> Iterator[None]:
     except BaseException:
         for copy, before in kept.values():
             copy.assign(before)
-        for copy in _held(runtime):
+        for copy in _copies(v for _, w in runtime.windows.named() for v in w.variables.values()):
             if id(copy) not in kept:
-                # Room that was made for a window.
+                # Room that was made for what is not there.
                 copy.assign(tf.zeros_like(copy))
         state.pending, state.awaited = pending, awaited
         for optimizer, before in loaded:
@@ -148,6 +142,10 @@ def _held(runtime: Any) -> list[Any]:
     found = [*model.variables, *model.metrics_variables, *runtime.state.variables().values()]
     for optimizer in runtime.optimizers():
         found += optimizer.variables
-    values = (v if isinstance(v, tf.Variable) else v.value for v in found)
+    return _copies(found)
+
+
+def _copies(variables: Iterable[Any]) -> list[Any]:
+    values = (v if isinstance(v, tf.Variable) else v.value for v in variables)
     copies = [copy for value in values for copy in getattr(value, "values", [value])]
     return list({id(copy): copy for copy in copies}.values())

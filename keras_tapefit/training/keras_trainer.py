@@ -84,6 +84,17 @@ def static_batch_size(x: Any) -> Any:
     return tf.shape(first)[0] if known is None else int(known)
 
 
+def check_batch(batch: Any) -> None:
+    """Raises `ValueError` where the parts of a batch have different numbers of examples."""
+    values = [value for value in keras.tree.flatten(batch) if value is not None]
+    sizes = {int(v.shape[0]) for v in values if v.shape.rank and v.shape[0] is not None}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            "Inputs, targets and sample weights must have the same number of examples, and at "
+            f"least one. Received: {', '.join(map(str, sorted(sizes)))}."
+        )
+
+
 def may_be_empty(x: Any) -> bool:
     """Whether a part of a batch may have no example, as a replica's or a micro-batch may."""
     size = static_batch_size(x)

@@ -5,7 +5,8 @@ a batch comes in parts (replicas, micro-batches, accumulated steps), a term coun
 own divisor; see `Quotient`.
 
 Private names used here: `keras.src.losses.loss` with `reduce_weighted_values`,
-`apply_mask`, `squeeze_or_expand_to_same_rank`, `scale_loss_for_distribution` and `unscale_loss_for_distribution`,
+`apply_mask`, `squeeze_or_expand_to_same_rank`, `scale_loss_for_distribution` and
+`unscale_loss_for_distribution`,
 `Model._compile_loss`, `_compute_loss`, `_symbolic_build`, `_aggregate_additional_loss`,
 `CompileLoss._flat_losses` and its `_replace`. Checked with Keras 3.15.1;
 `tests/models/test_private_names.py` fails when they change.
@@ -111,6 +112,12 @@ def build(model: Any, batch: Batch) -> None:
         )
     if not model._compile_loss.built:
         model._symbolic_build(data_batch=batch)
+
+
+def build_missing(model: Any, batch: Batch) -> None:
+    """Has a model look up what its losses are, where it has any and does not know."""
+    if model._compile_loss is not None and not model._compile_loss.built:
+        build(model, batch)
 
 
 def separate(model: Any, batch: Batch, y_pred: Any, training: bool) -> tuple[tf.Tensor, list[Term]]:

@@ -126,7 +126,9 @@ class Onlooker:
         return None
 
 
-def found(computed: Computed, onlooker: Onlooker, variables: Sequence[Any], scale: Any) -> NonFinite:
+def found(
+    computed: Computed, onlooker: Onlooker, variables: Sequence[Any], scale: Any
+) -> NonFinite:
     """Returns what a step on one batch shows.
 
     Args:
@@ -175,5 +177,3 @@ def _of_examples(place: locating.Place, taps: Any) -> str:
     array = np.asarray(place.value, "float64").reshape(size, -1)
     rows = np.flatnonzero(~np.isfinite(array).all(axis=1))
     return f", {locating.in_words(rows[: locating.NUM_EXAMPLES].tolist(), len(rows))} of the batch"
-
-

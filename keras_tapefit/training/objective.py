@@ -50,9 +50,7 @@ class ModelObjective:
         self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
     ) -> tuple[Forward, tf.Tensor | None, str | None]:
         model = self._model
-        compiled = model._compile_loss
-        if compiled is not None and not compiled.built:
-            losses.build(model, batch)
+        losses.build_missing(model, batch)
         with losses.hearing(model) as heard:
             forward = self._forward(batch, around)
         if len(model.losses) > len(self._regularized()):

@@ -77,6 +77,8 @@ class Runtime:
         self.clock: Any = None
         # Places of variables to be frozen as soon as they are made.
         self.frozen_when_built: list[Any] = []
+        # Of these, whose BatchNormalization keeps its statistics running.
+        self.running_when_built: list[Any] = []
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
         self._onlooker: Any = None
@@ -133,10 +135,9 @@ class Runtime:
         Args:
             replaces: for a pass in which gradients may be replaced, and nobody looks.
         """
-        asking: list[Any] = list(self.hooks.of_outputs)
-        if replaces:
-            asking = [hook for hook in asking if hook._replaces_outputs]
-        elif self._onlooker is not None:
+        hooks = [h for h in self.hooks.of_outputs if h._replaces_outputs or not replaces]
+        asking = [hook._watcher for hook in hooks]
+        if not replaces and self._onlooker is not None:
             asking.append(self._onlooker)
         if not asking:
             return None
@@ -163,6 +164,10 @@ class Runtime:
         outputs = Outputs(computed.taps, replicas.sum_over, replicas.count(), replica)
         self.hooks.see_outputs(outputs, step)
         return step.entries
+
+    def clock_restores(self) -> bool:
+        """Whether this `fit` may continue another one."""
+        return self.clock is not None and self.clock.restores
 
     def may_reject(self) -> bool:
         """Whether a step can be skipped as a whole."""
@@ -225,6 +230,10 @@ class Runtime:
         chosen = [variables[i] for i in frozen if i < len(variables)]
         if chosen:
             trainable.set_trainable(self.model, chosen, False)
+        running, self.running_when_built = self.running_when_built, []
+        kept = [variables[i] for i in running if i < len(variables)]
+        if kept:
+            trainable.set_trainable(self.model, kept, False, train_bn=True)
 
     def _check_prepared(self) -> None:
         unbuilt = [hook.name for hook in self.hooks if hook._built_for is None]

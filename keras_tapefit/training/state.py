@@ -17,6 +17,7 @@ from keras_tapefit.update import trainable
 
 # After the name of a hook that had no state yet.
 _NEW = ".new"
+_SLASH = "%2F"
 
 
 class State(keras.Operation):
@@ -110,29 +111,24 @@ class State(keras.Operation):
         return list({id(v): v for v in found}.values())
 
     def save_own_variables(self, store: Any) -> None:
-        for key, value in self.pending.items():
-            store[key] = value
+        values: dict[str, Any] = dict(self.pending)
         for _, window in self._runtime.windows.named():
             window.gather()
-        for key, variable in self._saved().items():
-            store[key] = variable.numpy()
-        for hook in self._runtime.hooks:
-            if hook._built_for is None:
-                store[f"{hook.name}{_NEW}"] = np.int64(1)
+        values.update((key, variable.numpy()) for key, variable in self._saved().items())
+        new = [hook.name for hook in self._runtime.hooks if hook._built_for is None]
+        values.update((f"{name}{_NEW}", np.int64(1)) for name in new)
         clock = self._runtime.clock
         if clock is not None and clock.progress is not None:
-            for key, value in clock.values().items():
-                store[f"{files.PROGRESS}.{key}"] = value
+            values.update((f"{files.PROGRESS}.{k}", v) for k, v in clock.values().items())
+        for key, value in values.items():
+            # In HDF5 a slash begins a group.
+            store[key.replace("/", _SLASH)] = value
         # Keras saves what has a private name last: all else is in the file by now.
-        seal = files.seal(store)
-        if seal is not None:
-            store[files.SEAL] = seal
+        files.seal(store)
 
     def load_own_variables(self, store: Any) -> None:
-        given = {key: np.asarray(store[key]) for key in store.keys()}
-        seal = given.pop(files.SEAL, None)
-        if seal is not None:
-            files.check_seal(store, seal)
+        files.check_seal(store)
+        given = {key.replace(_SLASH, "/"): np.asarray(store[key]) for key in store.keys()}
         new = {key for key in given if key.endswith(_NEW)}
         start = f"{files.PROGRESS}."
         progress = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed, Quotient
 from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.targets import is_variable
 from keras_tapefit.training import losses
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.training.step import CustomStep, open_step
@@ -100,8 +103,17 @@ class StepTape(tf.GradientTape):
                 "`minimize` needs a loss that was computed inside "
                 "`with model.gradient_tape() as tape:`."
             )
+        if not isinstance(optimizer, keras.optimizers.Optimizer):
+            raise TypeError(f"`optimizer` must be a Keras optimizer. Received: {optimizer!r}.")
+        if loss is None or isinstance(loss, str):
+            raise TypeError(
+                "`loss` must be a scalar tensor, computed inside the `with` block. "
+                f"Received: loss={loss!r}."
+            )
         if variables is None:
             variables = model.trainable_variables
+        elif not isinstance(variables, Iterable) or not all(map(is_variable, variables)):
+            raise TypeError(f"`variables` must be a list of variables. Received: {variables!r}.")
         else:
             variables = [v for v in variables if getattr(v, "trainable", True)]
         if not variables:
@@ -138,6 +150,8 @@ def _divisor(weight: Any) -> tf.Tensor | None:
         if weight != "sum":
             raise ValueError(f"`weight` must be a number or 'sum'. Received: weight={weight!r}.")
         return None
+    if isinstance(weight, numbers.Real) and not float(weight) >= 0:
+        raise ValueError(f"`weight` must be zero or a positive number. Received: weight={weight}.")
     weight = tf.cast(tf.convert_to_tensor(weight), tf.float32)
     if weight.shape.rank != 0:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from keras_tapefit.training import building, custom_steps, strategies
+from keras_tapefit.training import building, custom_steps, files, strategies
 from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.keras_trainer import Fetched
 from keras_tapefit.training.runtime import Runtime
@@ -104,7 +104,10 @@ class TrainFunction(TracedFunction):
         key = self._key()
         if key != self._current:
             self._begin(key)
-        with self._listening():
+        # Without a graph, what raises in a step may come after a part of it.
+        eager = self._model.run_eagerly
+        undoing = files.unchanged_on_error(runtime) if eager else contextlib.nullcontext()
+        with self._listening(), undoing:
             logs = self._function(key)(iterator)
         runtime.check_hooks()
         self._settle(key)
@@ -157,14 +160,14 @@ class TrainFunction(TracedFunction):
             warnings.warn(finding, stacklevel=4)
 
     def _settle(self, key: Any) -> None:
-        """Remembers a trace under the flags of a model that its first call completed."""
+        """Remembers a trace under the flags and windows that its first call completed."""
         if key == self._current:
             return
         self._flags = None
         if not self._model.built and building.parts_are_built(self._model):
             self._model.built = True
         settled = self._key()
-        if settled[0] != key[0] and settled[1] == key[1] and key in self._traces:
+        if settled != key and settled[1][:2] == key[1][:2] and key in self._traces:
             self._traces.setdefault(settled, self._traces[key])
         self._current = settled
 

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed, Quotient, check_backward
 from keras_tapefit.gradients import Gradients, Targets, matching
+from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.layers import named_layers
 from keras_tapefit.hooks import GradientHook, HookHandle, HookList
 from keras_tapefit.hooks.hook_list import check_callbacks
@@ -198,12 +199,13 @@ class TapeTrainer:
             hooks = runtime_of(self).hooks
             hooks.set(hooks.check(keras.saving.deserialize_keras_object(kept)))
             runtime_of(self).frozen_when_built = config.get("frozen", [])
+            runtime_of(self).running_when_built = config.get("running", [])
             return
         config = dict(config)
-        frozen = config.pop("frozen", [])
+        frozen, running = config.pop("frozen", []), config.pop("running", [])
         self.compile(**keras.saving.deserialize_keras_object(config))
         runtime = runtime_of(self)
-        runtime.frozen_when_built = frozen
+        runtime.frozen_when_built, runtime.running_when_built = frozen, running
         if self.optimizer is not None and (self.built or building.parts_are_built(self)):
             runtime.prepare()
 
@@ -238,8 +240,9 @@ class TapeTrainer:
         if iterator is None or not strategies.needs_own_build(self):
             if not keras_trainer.is_built(self):
                 keras_trainer.build_from_spec(self, iterator, data_batch)
-            elif runtime.trace_source is not None:
-                # A trace that is kept must not be what makes losses and metrics.
+            elif runtime.trace_source is not None or runtime.clock_restores():
+                # A trace that is kept must not be what makes losses and metrics, and those of
+                # an epoch that is continued have values before the first step.
                 keras_trainer.build_losses(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
@@ -449,6 +452,7 @@ class TapeTrainer:
                 "`with strategy.scope():`, or inside `strategy.run`."
             )
         batch = keras.tree.map_structure(keras_trainer.as_tensor, batch)
+        keras_trainer.check_batch(batch)
         if not self.built:
             keras_trainer.build(self, batch)
         runtime.prepare()
@@ -486,6 +490,8 @@ class TapeTrainer:
         if not isinstance(gradients, Gradients):
             gradients = Gradients(gradients)
         runtime = runtime_of(self)
+        if len({id(variable) for variable in gradients.variables}) < len(gradients):
+            raise ValueError("`apply_gradients` got two gradients of one variable. Add them first.")
         prepare_optimizer(runtime, self.optimizer, gradients.variables)
         opened = open_step(runtime)
         step = opened or CustomStep(runtime)
@@ -496,18 +502,24 @@ class TapeTrainer:
         if opened is None:
             step.close(None)
 
-    def freeze(self, targets: Targets) -> None:
+    def freeze(self, targets: Targets, train_bn: bool = False) -> None:
         """Stops training variables, from the next step on; no recompile.
 
         Their values and the optimizer's state for them stay as they are. A layer of
         which nothing is trained now gets `trainable = False`, so its
-        BatchNormalization runs in inference mode.
+        BatchNormalization runs in inference mode: it uses the statistics it has, and keeps
+        them. That suits fine-tuning on few or small batches. With `train_bn=True` its
+        weights are frozen just so, and its statistics are updated: it normalizes by the batch
+        and adapts to new data.
 
         Args:
             targets: a layer, a variable, a predicate on a variable, a glob on
                 `variable.path`, or a list of these.
+            train_bn: whether the statistics of BatchNormalization go on in layers that are
+                frozen whole, as Lightning's argument of this name has it.
 
         Raises:
+            TypeError: when `train_bn` is no bool.
             ValueError: when a target matches nothing, or the model has no weights yet.
 
         Example:
@@ -516,7 +528,7 @@ class TapeTrainer:
         model.freeze("backbone/*")
         ```
         """
-        _set_trainable(self, targets, False)
+        _set_trainable(self, targets, False, check_bool("train_bn", train_bn))
 
     def unfreeze(self, targets: Targets) -> None:
         """Trains variables again, from the next step on; no recompile.
@@ -548,7 +560,7 @@ def _warn_of_nothing_to_train(model: Any) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
+def _set_trainable(model: Any, targets: Targets, value: bool, train_bn: bool = False) -> None:
     candidates = runtime_of(model).candidates()
     if targets is None:
         raise ValueError("Say what to freeze or unfreeze. Received: targets=None.")
@@ -557,7 +569,7 @@ def _set_trainable(model: Any, targets: Targets, value: bool) -> None:
             f"The model {model.name!r} has no weights yet. Build it first, or call it on a batch."
         )
     chosen = [candidates[i] for i in matching(targets, candidates)]
-    trainable.set_trainable(model, chosen, value)
+    trainable.set_trainable(model, chosen, value, train_bn)
 
 
 def _check_needs_no_epochs(fit: Any, hooks: HookList) -> None:

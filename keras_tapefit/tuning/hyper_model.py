@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -66,8 +66,12 @@ class TapeHyperModel(keras_tuner.HyperModel):
                 "`build` must be a function of `hp` or a `keras_tuner.HyperModel`. "
                 f"Received: build={build!r}."
             )
+        if not isinstance(reuse, int):
+            raise TypeError(f"`reuse` must be a bool or an integer. Received: reuse={reuse!r}.")
         if reuse < 0:
             raise ValueError(f"`reuse` must not be negative. Received: reuse={reuse}.")
+        if isinstance(parts, str) or not isinstance(parts, Iterable):
+            raise TypeError(f"`parts` must be a list of names. Received: parts={parts!r}.")
         unknown = [part for part in parts if part not in (*PARTS, "sharpness")]
         if unknown:
             raise ValueError(

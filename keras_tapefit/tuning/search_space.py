@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from keras_tapefit import backward, hooks
@@ -57,6 +57,13 @@ def gradient_hooks(
         return model
     ```
     """
+    if not hasattr(hp, "name_scope"):
+        raise TypeError(
+            "`hp` must be the `keras_tuner.HyperParameters` that `build` gets. "
+            f"Received: hp={hp!r}."
+        )
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        raise TypeError(f"`parts` must be a list of names. Received: parts={parts!r}.")
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"`parts` must be some of {PARTS}. Received: parts={parts!r}.")

@@ -21,6 +21,9 @@ from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.watch import NUM_BINS, RecordRequest, Seen, Watch
 
 _SCALARS = ("loss", "learning_rate", "gradient_norm", "gradient_norm_after", "skipped")
+# What updates made: the global norm after the hooks, 1 where skipped, and by variable norms
+# after the hooks, changes and sizes; `None` where they are not asked for.
+_Made = tuple[Any, Any, Any, Any, Any]
 # Of the numbers in a buffer, beyond which it keeps fewer steps.
 _ROOM = 2**21
 
@@ -97,15 +100,14 @@ class Records:
         self._closing.assign(tf.fill(self._closing.shape, float("nan")))
 
     def close_window(self, variables: Sequence[Any], seen: Seen) -> None:
-        """Keeps what was seen of the update of a window; may be called in a branch."""
-        columns = [seen.norms_after, seen.changes, seen.sizes]
-        parts = [
-            tf.fill([len(self.paths)], float("nan"))
-            if c is None
-            else self._spread([(variables, c)])
-            for c in columns
-        ]
-        self._closing.assign(tf.concat([tf.stack([seen.after, seen.skipped]), *parts], axis=0))
+        """Keeps what was seen of the update of a window; may be called in a branch.
+
+        A step may close several windows, of different variables.
+        """
+        after, skipped, *columns = _joined([self._closed(), self._of_update(variables, seen)])
+        nothing = tf.fill([len(self.paths)], float("nan"))
+        columns = [nothing if column is None else column for column in columns]
+        self._closing.assign(tf.concat([tf.stack([after, skipped]), *columns], axis=0))
 
     def write(
         self,
@@ -122,16 +124,20 @@ class Records:
             rate: the learning rate, scalar float32.
             entries: what hooks report.
         """
-        of_window = updates[0][1].after is None
-        after, skipped, norms_after, changes, sizes = (
-            self._of_window(updates) if of_window else self._of_updates(updates)
+        made = [pair for pair in updates if pair[1].after is not None]
+        in_window = len(made) < len(updates)
+        found = [self._of_update(*pair) for pair in made]
+        after, skipped, norms_after, changes, sizes = _joined(
+            [*found, self._closed()] if in_window else found
         )
+        # A batch may be skipped that makes no update.
+        skipped = tf.reduce_max(tf.stack([skipped, *(seen.skipped for _, seen in updates)]))
         before = _joint([seen.before for _, seen in updates])
         parts = [tf.stack([loss, rate, before, after, skipped])]
         if self.request.updates:
             there = [tf.where(tf.math.is_nan(sizes), 0.0, v) for v in (changes, sizes)]
             ratio = tf.math.divide_no_nan(joint_norm(there[:1]), joint_norm(there[1:]))
-            if of_window:
+            if in_window:
                 ratio = tf.where(tf.math.is_nan(after), after, ratio)
             parts.append(tf.reshape(ratio, [1]))
         if self.request.per_variable:
@@ -141,31 +147,30 @@ class Records:
         for variable in self._kept:
             parts.append(tf.reshape(tf.cast(variable.value, tf.float32), [-1]))
         if self.entries:
-            values = {entry.name: entry.value for entry in entries}
             missing = tf.constant(float("nan"))
+            values = {
+                # Of no weight is what a hook says of a step in which it does not act.
+                e.name: tf.where(tf.cast(e.weight, tf.float32) > 0.0, e.value, missing)
+                for e in entries
+            }
             parts.append(tf.stack([values.get(name, missing) for name in self.entries]))
         _put(self._rows, self.counter.value % self.size, tf.concat(parts, axis=0))
         if self.num_histograms:
             self._write_histograms(updates)
         self.counter.assign(self.counter.value + 1)
 
-    def _of_updates(self, updates: Any) -> tuple[Any, Any, Any, Any, Any]:
-        def spread(name: str) -> Any:
-            return self._spread([(v, getattr(seen, name)) for v, seen in updates])
+    def _of_update(self, variables: Sequence[Any], seen: Seen) -> _Made:
+        norms_after, changes, sizes = (
+            None if values is None else self._spread([(variables, values)])
+            for values in (seen.norms_after, seen.changes, seen.sizes)
+        )
+        return seen.after, seen.skipped, norms_after, changes, sizes
 
-        after = _joint([seen.after for _, seen in updates])
-        skipped = tf.reduce_max(tf.stack([seen.skipped for _, seen in updates]))
-        norms = spread("norms_after") if self.request.per_variable else None
-        if not self.request.updates:
-            return after, skipped, norms, None, None
-        return after, skipped, norms, spread("changes"), spread("sizes")
-
-    def _of_window(self, updates: Any) -> tuple[Any, Any, Any, Any, Any]:
+    def _closed(self) -> _Made:
         closing = tf.convert_to_tensor(self._closing.value)
-        norms, changes, sizes = tf.split(closing[2:], 3)
-        bad_batch = tf.reduce_max(tf.stack([seen.skipped for _, seen in updates]))
-        bad_update = tf.where(tf.math.is_nan(closing[1]), 0.0, closing[1])
-        return closing[0], tf.maximum(bad_batch, bad_update), norms, changes, sizes
+        skipped = tf.where(tf.math.is_nan(closing[1]), 0.0, closing[1])
+        norms_after, changes, sizes = tf.split(closing[2:], 3)
+        return closing[0], skipped, norms_after, changes, sizes
 
     def _write_histograms(self, updates: Any) -> None:
         seen = [(v, s.histograms) for v, s in updates if s.histograms is not None]
@@ -224,13 +229,15 @@ class StepRecord:
     def __init__(self, records: Records) -> None:
         self._records = records
         self._updates: list[tuple[list[Any], Seen]] = []
+        self._in_window = False
         self._rate: Any = None
 
     def begin_update(self, optimizer: Any, in_window: bool) -> Watch:
         """Returns what looks at an update that is to come."""
         self._rate = optimizers.learning_rate(optimizer)
-        if in_window:
+        if in_window and not self._in_window:
             self._records.open_window()
+        self._in_window |= in_window
         return self._records.watch()
 
     def end_update(self, variables: list[Any], seen: Seen) -> None:
@@ -279,6 +286,24 @@ def _state(shape: tuple[int, ...], name: str) -> Any:
 
 def _put(buffer: Any, index: tf.Tensor, row: tf.Tensor) -> None:
     buffer.value.scatter_update(tf.IndexedSlices(row[None], tf.reshape(index, [1])))
+
+
+def _joined(updates: Sequence[_Made]) -> _Made:
+    """Returns what several updates of one step make together; NaN where none was made."""
+    after, skipped, *columns = updates[0]
+    for other_after, other_skipped, *others in updates[1:]:
+        is_none = tf.math.is_nan(after) & tf.math.is_nan(other_after)
+        both = [tf.where(tf.math.is_nan(norm), 0.0, norm) for norm in (after, other_after)]
+        after = tf.where(is_none, after, joint_norm(both))
+        skipped = tf.maximum(skipped, other_skipped)
+        columns = [_filled(*pair) for pair in zip(columns, others, strict=True)]
+    return after, skipped, columns[0], columns[1], columns[2]
+
+
+def _filled(first: Any, second: Any) -> Any:
+    if first is None or second is None:
+        return second if first is None else first
+    return tf.where(tf.math.is_nan(second), first, second)
 
 
 def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:

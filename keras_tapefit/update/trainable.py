@@ -64,7 +64,22 @@ class Flags:
         return (*map(_flag, self.layers), *map(_flag, self.candidates))
 
 
-def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
+def running_statistics(model: Any) -> list[int]:
+    """Returns the places of frozen weights whose BatchNormalization keeps its statistics
+    running, among `trainable_candidates(model)`."""
+    running = {
+        id(v)
+        for layer in layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and layer._trainable
+        for v in layer._trainable_variables
+    }
+    candidates = trainable_candidates(model)
+    return [i for i, v in enumerate(candidates) if id(v) in running and not v.trainable]
+
+
+def set_trainable(
+    model: Any, variables: Sequence[Any], value: bool, train_bn: bool = False
+) -> None:
     """Freezes or unfreezes variables, and the layers that are thereby wholly so.
 
     A layer of which no variable is trained now gets `trainable = False`, which is
@@ -75,6 +90,7 @@ def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
         model: whose variables they are.
         variables: some of `trainable_candidates(model)`.
         value: whether they are trained.
+        train_bn: whether BatchNormalization stays in training mode.
     """
     chosen = {id(v) for v in variables}
     trained = {id(v) for v in model.trainable_variables}
@@ -85,6 +101,7 @@ def set_trainable(model: Any, variables: Sequence[Any], value: bool) -> None:
         inside = [id(v) for v in layer.variables if id(v) in wanted]
         if chosen.intersection(inside):
             # Not through the setter, which would pass the flag on to all below.
-            layer._trainable = any(wanted[key] for key in inside)
+            runs = train_bn and isinstance(layer, keras.layers.BatchNormalization)
+            layer._trainable = runs or any(wanted[key] for key in inside)
     for variable in trainable_candidates(model):
         variable.trainable = wanted[id(variable)]

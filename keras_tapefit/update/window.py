@@ -68,6 +68,8 @@ class Window:
         self._weights: dict[tuple[int, int], Any] = {}
         self._further: dict[tuple[int, int], Any] = {}
         self._known: dict[int, int] = {}
+        # Made before a trace, which would be made twice: for most losses there is no other.
+        self._weight(0, 0)
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -51,7 +51,11 @@ def functional():
 
 def nested():
     inner = keras.Sequential(
-        [keras.Input((4,)), layers.Dense(3, activation="relu", name="a"), layers.Dense(4, name="c")],
+        [
+            keras.Input((4,)),
+            layers.Dense(3, activation="relu", name="a"),
+            layers.Dense(4, name="c"),
+        ],
         name="inside",
     )
     return TapeSequential([keras.Input((4,)), inner, layers.Dense(2, name="end")])

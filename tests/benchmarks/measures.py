@@ -16,6 +16,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tapefit import TapeModel, backward, callbacks, hooks
+from keras_tapefit.gradients import Gradients
+from keras_tapefit.gradients.units import Unit
+from keras_tapefit.hooks.step import Step
 from tests.benchmarks import timing, workloads
 
 Lines = Iterator[tuple[str, ...]]
@@ -226,6 +229,29 @@ def methods(rounds: int) -> Lines:
     yield "the loop against `PerExampleClipping`", *times, "5 times", "", ""
 
 
+def by_example(rounds: int) -> Lines:
+    """Steps with `PerExampleClipping` and with hooks that look at every layer's output,
+    against a plain step of `TapeModel`, all with Adam."""
+    yield "workload", "with", "CPU", "wall", "goal", "CPU ms", "plain"
+    cases = (
+        (workloads.conv_classifier(), ("1.25", "2.00", "", ""), 3),
+        (workloads.transformer(), ("1.15", "1.70", "", ""), 3),
+        (workloads.mlp(), ("1.15", "2.20", "", ""), 20),
+    )
+    for workload, goals, number in cases:
+        given: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "`PerExampleClipping(1.0)`": {"backward": backward.PerExampleClipping(1.0)},
+            "`PerExampleClipping(1.0, 1.0)`": {"backward": backward.PerExampleClipping(1.0, 1.0)},
+            "`OutputMonitor()`": {"gradient_hooks": [hooks.OutputMonitor()]},
+            "`SkipNonFinite(locate=True)`": {"gradient_hooks": [hooks.SkipNonFinite(locate=True)]},
+        }
+        models = {k: compiled(workload, TapeModel, "adam", **v) for k, v in given.items()}
+        found = timing.in_turns(runs_of(workload, models, number), rounds, number)
+        for side, goal in zip(list(found)[1:], goals, strict=True):
+            yield line(workload.name, side, goal, found[side])
+
+
 def one_by_one(workload: Any, number: int) -> Callable[[], None]:
     """Returns the plain way to clip the gradient of each example."""
     model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
@@ -279,6 +305,52 @@ def growth(rounds: int) -> Lines:
     yield "each one more", *(f"{slope:.3f}" for slope in slopes)
 
 
+def scale(rounds: int) -> Lines:
+    """CPU time of hooks alone, on gradients in eight matrices, in units of one reading of
+    them (a sum of squares). The reading itself grows with the number of parameters; a hook
+    that writes costs more of it where the arrays no longer fit into the processor's caches."""
+    sizes = [2**18, 2**21, 2**24]
+    yield "hook", *(f"{size / 1e6:.2g} million" for size in sizes)
+    subjects = {
+        "`GradientMonitor()`, `SkipNonFinite()`": lambda: hooks.GradientMonitor(),
+        "`GlobalNormClipping`, below its bound": lambda: hooks.GlobalNormClipping(1e9),
+        "`GlobalNormClipping`, above it": lambda: hooks.GlobalNormClipping(1e-3),
+        "`NormClipping`, above its bound": lambda: hooks.NormClipping(1e-3),
+        "`ValueClipping`, above its bound": lambda: hooks.ValueClipping(1e-3),
+        "`AdaptiveClipping`, above its bound": lambda: hooks.AdaptiveClipping(1e-6),
+        "`Centralization()`": lambda: hooks.Centralization(),
+        "`GradientNoise`": lambda: hooks.GradientNoise(0.1, seed=0),
+    }
+    table: dict[str, list[str]] = {name: [] for name in subjects}
+    for size in sizes:
+        rows = int((size / 8) ** 0.5)
+        shape = (rows, size // 8 // rows)
+        variables = [keras.Variable(np.ones(shape, "float32")) for _ in range(8)]
+        values = [tf.random.normal(shape, seed=i) for i in range(8)]
+        runs = {"pass": _run_of(None, variables, values)}
+        runs.update((n, _run_of(make(), variables, values)) for n, make in subjects.items())
+        found = timing.in_turns(runs, rounds * 3)
+        for name in subjects:
+            table[name].append(f"{found[name].cpu:.1f}")
+    for name, cells in table.items():
+        yield name, *cells
+
+
+def _run_of(hook: Any, variables: list[Any], values: list[Any]) -> Callable[[], None]:
+    listed = hooks.HookList([] if hook is None else [hook])
+    listed.prepare(variables, lambda variable: Unit((0,), is_kernel=True))
+
+    @tf.function(autograph=False)
+    def run(values: list[Any]) -> Any:
+        if hook is None:
+            return tf.add_n([tf.nn.l2_loss(value) for value in values])
+        step = Step(index=tf.constant(0, tf.int64))
+        gradients = listed.run(Gradients(zip(values, variables, strict=True)), step)
+        return gradients.values(), [entry.value for entry in step.entries]
+
+    return lambda: run(values)
+
+
 def memory(rounds: int) -> Lines:
     """Peak memory above that of the program, 512 images of 32×32, a process each."""
     command = [sys.executable, "-m", "tests.benchmarks.memory"]
@@ -316,7 +388,9 @@ PARTS: dict[str, tuple[str, Callable[[int], Lines]]] = {
     "freezing": ("Freezing", freezing),
     "overhead": ("What `fit` costs around the steps", overhead),
     "methods": ("Ways to get gradients", methods),
+    "by-example": ("Example by example, and inside the backward pass", by_example),
     "growth": ("Growth with the number of variables", growth),
+    "scale": ("Growth with the number of parameters", scale),
     "memory": ("Memory of micro-batches", memory),
     "import": ("Import", imports),
 }

@@ -55,6 +55,17 @@ def small_mlp() -> Workload:
     return Workload("small MLP", outputs, _normal(32, 16), _labels(32))
 
 
+def mlp() -> Workload:
+    """Three layers of 512, 0.8 M weights, 64 examples."""
+
+    def outputs(x: Any) -> Any:
+        for _ in range(3):
+            x = keras.layers.Dense(512, "relu")(x)
+        return keras.layers.Dense(10)(x)
+
+    return Workload("MLP", outputs, _normal(64, 512), _labels(64))
+
+
 def conv_classifier() -> Workload:
     """MNIST-sized, 2.8 M weights."""
 

@@ -387,3 +387,42 @@ def test_requests_are_merged_and_a_trace_is_kept_for_each():
     support.fit(model, [little])
     # The steps of the fit without it are counted, not recorded.
     assert little["step"].tolist() == [*range(8), *range(12, 16)]
+
+
+@pytest.mark.parametrize("accumulating", [(2,), (2, 2), (None, 2)], ids=str)
+def test_the_norm_after_hooks_is_of_all_updates_of_a_step(accumulating):
+    """On one optimizer or two, with windows or without: as far as SGD moved the weights."""
+
+    class Two(TapeModel):
+        def train_step(self, data):
+            x, y = data
+            optimizers = [self.optimizer, getattr(self, "second", self.optimizer)]
+            for layer, optimizer in zip(self.layers[1:], optimizers, strict=True):
+                with self.gradient_tape() as tape:
+                    loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+                tape.minimize(loss, layer.trainable_variables, optimizer)
+            return {"loss": loss}
+
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((4,))
+    model = Two(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(inputs)))
+    first, *second = (
+        keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps) for steps in accumulating
+    )
+    model.compile(first, gradient_hooks=[hooks.GlobalNormClipping(0.5)])
+    if second:
+        model.second = second[0]
+    values = [model.get_weights()]
+    history = callbacks.GradientHistory()
+    seen = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: values.append(model.get_weights())
+    )
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(24, 4)), rng.normal(size=(24, 2))
+    model.fit(x, y, batch_size=6, shuffle=False, verbose=0, callbacks=[history, seen])
+    moved = [
+        np.sqrt(sum(((b - a) ** 2).sum() for a, b in zip(old, new, strict=True))) / 0.1
+        for old, new in zip(values, values[1:], strict=False)
+    ]
+    found = history.to_numpy()["gradient_norm_after"]
+    np.testing.assert_allclose(np.nan_to_num(found), moved, rtol=1e-4)

@@ -225,6 +225,7 @@ HOOKS = {
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
+    "During": Case(lambda: [hooks.During(hooks.GradientNoise(0.1, seed=3), steps=(2, 9), every=2)]),
     "OutputGradient": Case(
         lambda: [hooks.OutputGradient(lambda g, layer: -2.0 * g, "hidden"), grow]
     ),

@@ -25,14 +25,26 @@ def halve(gradient, variable):
 
 # Every argument has another value than its default.
 HOOKS = {
-    "GlobalNormClipping": lambda: hooks.GlobalNormClipping(0.5, targets="a/*", name="x"),
-    "NormClipping": lambda: hooks.NormClipping(0.5, per_layer=True, targets="a/*", name="x"),
-    "ValueClipping": lambda: hooks.ValueClipping(0.5, targets="a/*", name="x"),
-    "BlockRMSClipping": lambda: hooks.BlockRMSClipping(0.5, targets="a/*", name="x"),
-    "AdaptiveClipping": lambda: hooks.AdaptiveClipping(0.5, targets="a/*", name="x"),
-    "PercentileClipping": lambda: hooks.PercentileClipping(50, 4, targets="a/*", name="x"),
-    "ZScoreClipping": lambda: hooks.ZScoreClipping(1.5, 0.5, 2, targets="a/*", name="x"),
-    "SkipNonFinite": lambda: hooks.SkipNonFinite(3, True, targets="a/*", name="x"),
+    "GlobalNormClipping": lambda: hooks.GlobalNormClipping(
+        0.5, targets="a/*", name="x", log_clipped=True
+    ),
+    "NormClipping": lambda: hooks.NormClipping(
+        0.5, per_layer=True, targets="a/*", name="x", log_clipped=True
+    ),
+    "ValueClipping": lambda: hooks.ValueClipping(0.5, targets="a/*", name="x", log_clipped=True),
+    "BlockRMSClipping": lambda: hooks.BlockRMSClipping(
+        0.5, targets="a/*", name="x", log_clipped=True
+    ),
+    "AdaptiveClipping": lambda: hooks.AdaptiveClipping(
+        0.5, targets="a/*", name="x", log_clipped=True
+    ),
+    "PercentileClipping": lambda: hooks.PercentileClipping(
+        50, 4, targets="a/*", name="x", log_clipped=True
+    ),
+    "ZScoreClipping": lambda: hooks.ZScoreClipping(
+        1.5, 0.5, 2, targets="a/*", name="x", log_clipped=True
+    ),
+    "SkipNonFinite": lambda: hooks.SkipNonFinite(3, "a/*", "x", locate=True),
     "SkipSpikes": lambda: hooks.SkipSpikes(3, "loss", 0.5, 2, 1, targets="a/*", name="x"),
     "ZeroNonFinite": lambda: hooks.ZeroNonFinite(targets="a/*", name="x"),
     "GradientScaling": lambda: hooks.GradientScaling(0.5, targets="a/*", name="x"),
@@ -41,9 +53,10 @@ HOOKS = {
     "LearningRateMultiplier": lambda: hooks.LearningRateMultiplier(0.5, targets="a/*", name="x"),
     "Freezing": lambda: hooks.Freezing("a/*", epochs=(1, 3), name="x"),
     "GradualUnfreezing": lambda: hooks.GradualUnfreezing(["b/*", ["a/*"]], 2, "*", name="x"),
-    "GradientMonitor": lambda: hooks.GradientMonitor(True, True, targets="a/*", name="x"),
+    "GradientMonitor": lambda: hooks.GradientMonitor(True, True, "a/*", "x", per_layer=True),
     "UpdateMonitor": lambda: hooks.UpdateMonitor(True, targets="a/*", name="x"),
     "NoiseScale": lambda: hooks.NoiseScale(0.5, name="x"),
+    "During": lambda: hooks.During(hooks.GradientScaling(0.5), (0, 9), (1, 99), 2, name="x"),
     "OutputGradient": lambda: hooks.OutputGradient(halve, "a", name="x"),
     "OutputMonitor": lambda: hooks.OutputMonitor(["a", "b"], name="x"),
     "LambdaHook": lambda: LambdaHook(halve, targets="a/*", name="x"),
@@ -67,7 +80,10 @@ def test_config_round_trip(name):
     restored = type(hook).from_config(config)
     assert restored.get_config() == config
     for argument in arguments:
-        assert getattr(restored, argument) == getattr(hook, argument)
+        values = [getattr(each, argument) for each in (restored, hook)]
+        if isinstance(values[0], hooks.GradientHook):
+            values = [value.get_config() for value in values]
+        assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("name", HOOKS)

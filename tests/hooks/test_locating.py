@@ -9,7 +9,6 @@ from keras import layers, ops
 from keras_tapefit import TapeModel, callbacks, hooks
 
 
-
 def data():
     rng = np.random.default_rng(9)
     return rng.normal(size=(24, 4)).astype("float32"), rng.uniform(1, 2, (24, 1)).astype("float32")
@@ -236,7 +235,9 @@ def test_a_gradient_of_a_weight_alone():
     with pytest.warns(UserWarning, match="were skipped"):
         model.fit(x, y, batch_size=24, verbose=0)
     assert "the gradient of the weight 'broken/factor' (backward), at step 0." in gate.located
-    assert model.find_non_finite(x, y).first == "the gradient of the weight 'broken/factor' (backward)"
+    assert (
+        model.find_non_finite(x, y).first == "the gradient of the weight 'broken/factor' (backward)"
+    )
 
 
 @pytest.mark.slow

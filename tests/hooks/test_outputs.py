@@ -200,9 +200,7 @@ def test_a_window_logs_every_batch():
     history = callbacks.GradientHistory()
     weights = model.get_weights()
     model.fit(X, Y, batch_size=4, shuffle=False, verbose=0, callbacks=[history])
-    expected = [
-        np.linalg.norm(by_hand(weights, X[i : i + 4], Y[i : i + 4])[1]) for i in (0, 4, 8)
-    ]
+    expected = [np.linalg.norm(by_hand(weights, X[i : i + 4], Y[i : i + 4])[1]) for i in (0, 4, 8)]
     np.testing.assert_allclose(history["output_gradient_norm/b"], expected, rtol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tapefit import TapeModel, hooks
+from keras_tapefit.training.objective import ModelObjective
 
 from . import support
 from .support import TOKENS, X, Y, assert_replicas_agree, difference, trained
@@ -335,3 +336,18 @@ def test_a_step_that_goes_past_the_window_is_keras_own():
 def test_a_step_that_passes_gradients_on_is_not():
     found = _accumulated("sgd", model_class=Mended)
     assert difference(found, _big("sgd")) < 1e-6
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_a_step_is_traced_once(num_replicas, monkeypatch):
+    """Its window is known before, or from this one trace; leftovers are no other step."""
+    traced = []
+    forward = ModelObjective.forward
+
+    def counted(self, batch):
+        traced.append(1)
+        return forward(self, batch)
+
+    monkeypatch.setattr(ModelObjective, "forward", counted)
+    trained("dense", lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=3), num_replicas)
+    assert len(traced) == num_replicas

@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_tapefit import hooks
 
@@ -191,3 +192,35 @@ def test_other_modes_on_replicas(mode, optimizer):
 @pytest.mark.parametrize("micro_batches", [2, 5])
 def test_micro_batches_on_replicas(micro_batches):
     _check("embedding", "sgd", 2, micro_batches=micro_batches)
+
+
+COUNTS = {
+    "none": (lambda: [], None, (1, 1)),
+    "hooks": (
+        lambda: [hooks.SkipNonFinite(), hooks.GradientMonitor(), hooks.GlobalNormClipping(1.0)],
+        None,
+        (1, 1),
+    ),
+    "spikes": (lambda: [hooks.SkipSpikes()], None, (1, 1)),
+    "noise scale": (lambda: [hooks.NoiseScale()], None, (1, 2)),
+    "accumulated": (lambda: [hooks.GradientMonitor()], 2, (1, 1)),
+    "accumulated with a gate": (lambda: [hooks.SkipNonFinite()], 2, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_what_replicas_sum(case, monkeypatch):
+    """As docs/performance.md says; the gradients of a window are summed where it is full."""
+    make, steps, expected = COUNTS[case]
+    sums = {"gradients": 0, "numbers": 0}
+    all_reduce = tf.distribute.ReplicaContext.all_reduce
+
+    def counted(self, op, value, options=None):
+        sums["gradients" if isinstance(value, list) else "numbers"] += 1
+        return all_reduce(self, op, value, options)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counted)
+    optimizer = functools.partial(keras.optimizers.SGD, 0.1, gradient_accumulation_steps=steps)
+    trained("dense", optimizer, 2, gradient_hooks=make())
+    # Each replica asks for each sum.
+    assert (sums["gradients"] / 2, sums["numbers"] / 2) == expected

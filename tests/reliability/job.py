@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def train(scenario: str, folder: Path, save_freq: Any) -> None:
     keras.utils.set_random_seed(7)
     model = SCENARIOS[scenario]()
     watchers = [
+        # Time to be killed in.
+        keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: time.sleep(0.05)),
         callbacks.GradientCSV(folder / "steps.csv"),
         callbacks.GradientTensorBoard(folder / "board", write_every=1, per_variable=False),
         keras.callbacks.CSVLogger(folder / "epochs.csv", append=True),

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments: `python -m tests.reliability.kills [KILLS]`."""
+"""Trainings that are killed at random moments; see `report.py`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.reliability.job import SCENARIOS
+from tests.reliability.job import EPOCHS, NUM_BATCHES, SCENARIOS
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 400
+NUM_STEPS = EPOCHS * NUM_BATCHES
 
 
 def start(scenario: str, folder: Path, save_freq: str) -> subprocess.Popen:
@@ -27,32 +28,37 @@ def start(scenario: str, folder: Path, save_freq: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
 
 
-def whole(scenario: str, folder: Path, save_freq: str) -> float:
-    """Makes a training without a kill; returns how long it trained, in seconds."""
+def whole(scenario: str, folder: Path, save_freq: str) -> None:
+    """Makes a training without a kill."""
     process = start(scenario, folder, save_freq)
-    begun = _begun(process, folder)
     assert process.wait(SECONDS) == 0, _output(folder)
-    return time.monotonic() - begun
 
 
-def killed(scenario: str, folder: Path, save_freq: str, delays: list[float]) -> int:
-    """Kills a training after each delay since it began, then lets it end.
+def killed(scenario: str, folder: Path, save_freq: str, moments: list[tuple[int, float]]) -> int:
+    """Kills a training at moments, then lets it end.
+
+    Args:
+        scenario: of `job.SCENARIOS`.
+        folder: where it writes.
+        save_freq: of its backups.
+        moments: of each kill, the number of steps that are written, and seconds after that.
 
     Returns:
         The number of kills that met it alive.
     """
     kills = 0
-    for delay in delays:
+    for steps, seconds in sorted(moments):
         process = start(scenario, folder, save_freq)
-        _begun(process, folder)
+        _wait_for(process, folder, steps)
         try:
-            process.wait(delay)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
         else:
             assert process.returncode == 0, _output(folder)
+            return kills
     process = start(scenario, folder, save_freq)
     assert process.wait(SECONDS) == 0, _output(folder)
     return kills
@@ -93,12 +99,16 @@ def board(folder: Path) -> dict[tuple[str, int], float]:
     return {k: v for k, v in found.items() if not np.isnan(v)}
 
 
-def _begun(process: subprocess.Popen, folder: Path) -> float:
-    end = time.monotonic() + SECONDS
-    while not (folder / "begun").exists():
-        assert process.poll() is None and time.monotonic() < end, _output(folder)
-        time.sleep(0.02)
-    return time.monotonic()
+def _wait_for(process: subprocess.Popen, folder: Path, steps: int) -> None:
+    """Waits until this process trains, and as many steps are written."""
+    end, path = time.monotonic() + SECONDS, folder / "steps.csv"
+    while process.poll() is None:
+        assert time.monotonic() < end, _output(folder)
+        begun = (folder / "begun").exists() and path.exists()
+        if begun and len(path.read_bytes().splitlines()) > steps:
+            return
+        time.sleep(0.01)
+    assert process.returncode == 0, _output(folder)
 
 
 def _output(folder: Path) -> str:
@@ -114,15 +124,11 @@ def run(num_kills: int = 24) -> list[dict]:
     for scenario, save_freq in tasks:
         with tempfile.TemporaryDirectory() as folder:
             a, b = Path(folder) / "whole", Path(folder) / "killed"
-            seconds = whole(scenario, a, save_freq)
-            delays = [draw.uniform(0.2, 0.95) * seconds for _ in range(each)]
-            kills = killed(scenario, b, save_freq, delays)
-            row = {"scenario": scenario, "save_freq": save_freq, "kills": kills}
-            row["differences"] = differences(a, b)
+            whole(scenario, a, save_freq)
+            moments = [(draw.randrange(NUM_STEPS), draw.uniform(0, 0.1)) for _ in range(each)]
+            kills = killed(scenario, b, save_freq, moments)
+            row = {"training": scenario, "`save_freq`": save_freq, "kills": kills}
+            row["what differs"] = differences(a, b)
         print(row, flush=True)
         found.append(row)
     return found
-
-
-if __name__ == "__main__":
-    run(*map(int, sys.argv[1:]))

@@ -18,7 +18,7 @@ X = np.random.default_rng(0).normal(size=(24, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(24, 2)).astype("float32")
 
 EVERY_HOOK = [
-    lambda: hooks.SkipNonFinite(max_consecutive=5),
+    lambda: hooks.SkipNonFinite(max_consecutive=5, locate=True),
     lambda: hooks.SkipSpikes(),
     lambda: hooks.ZeroNonFinite(),
     lambda: hooks.GlobalNormClipping(1.0),
@@ -38,14 +38,16 @@ EVERY_HOOK = [
     lambda: hooks.GradientMonitor(),
     lambda: hooks.UpdateMonitor(),
     lambda: hooks.NoiseScale(),
+    lambda: hooks.OutputGradient(lambda gradient, layer: gradient),
+    lambda: hooks.OutputMonitor(),
 ]
 
 
-def model_of(optimizer=None, **options):
+def model_of(optimizer=None, normalization=layers.BatchNormalization, **options):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     hidden = layers.Dropout(0.2)(layers.Dense(3, name="a")(inputs))
-    model = TapeModel(inputs, layers.Dense(2, name="b")(layers.BatchNormalization()(hidden)))
+    model = TapeModel(inputs, layers.Dense(2, name="b")(normalization()(hidden)))
     model.compile(optimizer or keras.optimizers.Adam(), "mse", metrics=["mae"], **options)
     return model
 
@@ -116,6 +118,11 @@ def _is_hook(value):
 )
 def test_with_every_method(method):
     check(model_of(backward=method))
+
+
+def test_with_every_example_clipped_and_noise():
+    method = backward.PerExampleClipping(1.0, noise_multiplier=0.5, seed=1)
+    check(model_of(normalization=layers.LayerNormalization, backward=method))
 
 
 def test_with_windows_and_records():
