@@ -17,6 +17,7 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.naming import auto_name
 
 from keras_tapefit import TapeModel, TapeSequential
+from keras_tapefit.training import keras_trainer
 
 from . import support
 from .support import STOCK, X, Y
@@ -83,6 +84,21 @@ def test_a_function_for_an_iterator():
     function = model._make_function(step)
     logs = function(iter(tf.data.Dataset.range(4)))
     assert seen == [0, 1] and int(logs["sum"]) == 1
+
+
+def test_what_is_traced_in_a_function_for_an_iterator():
+    """One batch by `one_step_on_data`, behind a wrapper; all by `multi_step_on_iterator`."""
+    function = keras_trainer.StepFunction(_model(), lambda data: {"shape": tf.shape(data)})
+    for traced in (function.on_batch, function.on_iterator):
+        assert isinstance(traced, tf.types.experimental.PolymorphicFunction)
+    data = iter(tf.data.Dataset.range(5).batch(3))
+    for size in (3, 2):
+        logs = function(keras_trainer.Fetched(data, 1))
+        assert int(logs["shape"][0]) == size
+    with pytest.raises(StopIteration):
+        keras_trainer.Fetched(data, 1)
+    # By the shapes that are known of all batches, so once.
+    assert function.on_batch.experimental_get_tracing_count() == 1
 
 
 def test_results_of_an_epoch():
