@@ -110,23 +110,23 @@ class TapeModel(TapeTrainer, keras.Model):
             if adopted is not None:
                 held.adopted.append(adopted)
 
-    @functools.wraps(keras.Model.save)
     def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Saves the model as Keras does; a file is written whole or not at all."""
         with files.written_whole(filepath, overwrite) as path:
             return super().save(path, overwrite, *args, **kwargs)
 
-    @functools.wraps(keras.Model.save_weights)
     def save_weights(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Saves the weights as Keras does; a file is written whole or not at all."""
         with files.written_whole(filepath, overwrite) as path:
             return super().save_weights(path, overwrite, *args, **kwargs)
 
-    @functools.wraps(keras.Model.load_weights)
-    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights as Keras does; where that raises, the model is what it was."""
         with files.unchanged_on_error(runtime_of(self)):
-            return super().load_weights(*args, **kwargs)
+            return super().load_weights(filepath, *args, **kwargs)
 
-    @functools.wraps(keras.Model.set_weights)
     def set_weights(self, weights: Any) -> None:
+        """Sets all weights as Keras does; where that raises, the model is what it was."""
         with files.unchanged_on_error(runtime_of(self)):
             super().set_weights(weights)
 
