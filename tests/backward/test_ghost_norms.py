@@ -172,7 +172,12 @@ def middle_norm(name, loss, y):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+def some(names, *everyday):
+    """Returns parameters of a test, most of them slow."""
+    return [n if n in everyday else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", some(MODELS, "mlp", "transformer", "twice", "images"))
 def test_equals_a_loop_in_float64(name, float64):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -195,10 +200,8 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "name", [n if n == "transformer" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("mode", some(MODES, "xla"))
+@pytest.mark.parametrize("name", some(MODELS, "transformer"))
 def test_a_step_equals_a_loop(name, mode):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -370,7 +373,8 @@ def fallen(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"]
+    "name",
+    some(["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"], "custom layer"),
 )
 def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     keras.utils.set_random_seed(0)
