@@ -207,6 +207,15 @@ class Objective(Protocol):
             `None`, why it is not known.
         """
 
+    def first_axes(self, batch: Batch, calls: Any, size: int) -> set[int | None]:
+        """Returns the sizes of the first axes in the calls of layers, for a batch of a size.
+
+        Args:
+            batch: `(x, y, sample_weight)`, of which shapes and types are used.
+            calls: the `WeightCalls` of a forward pass.
+            size: the number of examples.
+        """
+
     def regularization(self) -> list[Any]:
         """Returns the gradient of the weights' regularization, by `variables()`."""
 

@@ -146,6 +146,8 @@ class PerExampleClipping(GradientMethod):
             if losses is None:
                 raise NotUnderstood(reason)
             check_calls(calls, layers, variables)
+            if not _keep_examples_first(objective, batch, calls, size):
+                raise NotUnderstood("the first axis of what a layer gets is not the batch")
             sums, clipped = self._from_calls(objective, calls, layers, losses, factor)
             self.fell_back = None
         except NotUnderstood as error:
@@ -322,6 +324,15 @@ class PerExampleClipping(GradientMethod):
 
 def _normal(shape: Any, seed: Any, objective: Objective, dtype: Any) -> tf.Tensor:
     return tf.cast(draws.normal(shape, (seed, objective.steps())), dtype)
+
+
+def _keep_examples_first(objective: Objective, batch: Batch, calls: WeightCalls, size: Any) -> bool:
+    """Whether what layers get and return has the examples as its first axis."""
+    sizes = calls.first_axes()
+    if None not in sizes:
+        return sizes <= {size}
+    # In code of the user's own the batch may be folded: tried with one of a size of its own.
+    return sizes == {None} and objective.first_axes(batch, calls, 7) <= {7}
 
 
 def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:

@@ -22,6 +22,7 @@ class WeightCalls(Opened):
         layers: those whose calls are understood. No other place may read their weights.
 
     Attributes:
+        layers: as given.
         calls: by the `id` of a layer, for each of its calls the input and the output,
             before the activation.
         reason: why the calls do not tell all; `None`: they do.
@@ -29,7 +30,7 @@ class WeightCalls(Opened):
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        self._layers = list(layers)
+        self.layers = list(layers)
         self._known = {id(layer) for layer in layers}
         self.calls: dict[int, list[tuple[tf.Tensor, tf.Tensor]]] = {}
         self.reason: str | None = None
@@ -40,8 +41,12 @@ class WeightCalls(Opened):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches a forward pass in this context."""
-        with self._reads, self.opened(self._layers):
+        with self._reads, self.opened(self.layers):
             yield
+
+    def first_axes(self) -> set[int | None]:
+        """Returns the sizes of the first axes of inputs and outputs, `None` where unknown."""
+        return {v.shape[0] for found in self.calls.values() for pair in found for v in pair}
 
     def gradients(self, loss: tf.Tensor) -> dict[int, list[tuple[tf.Tensor, tf.Tensor]]]:
         """Returns for each layer the input of its calls and the gradient at the output.

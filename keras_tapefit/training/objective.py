@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_tapefit.backward.base import Batch, Forward, Quotient, sum_of
 from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import layers_of
+from keras_tapefit.gradients.layers import named_layers
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.bare_variables import AdoptedVariable
 from keras_tapefit.training.runtime import Runtime
@@ -56,6 +57,26 @@ class ModelObjective:
         if len(model.losses) > len(self._regularized()):
             return forward, None, "there is a loss that a layer adds"
         return forward, *losses.of_examples(model, heard)
+
+    def first_axes(self, batch: Batch, calls: Any, size: int) -> set[int | None]:
+        if not any(map(_may_fold, named_layers(self._model))) and not _may_fold(("", self._model)):
+            return {size}
+        trial = type(calls)(calls.layers)
+        flat = [v for v in keras.tree.flatten(batch[0]) if v is not None]
+
+        def run(*values: Any) -> None:
+            left = iter(values)
+            x = keras.tree.map_structure(lambda v: None if v is None else next(left), batch[0])
+            with trial.watching():
+                keras_trainer.forward(self._model, x, self._training)
+
+        specs = [tf.TensorSpec([size, *v.shape[1:]], v.dtype) for v in flat]
+        try:
+            tf.function(run, autograph=False).get_concrete_function(*specs)
+        except Exception:
+            # What cannot be tried is not known.
+            return {None}
+        return trial.first_axes()
 
     def regularization(self) -> list[Any]:
         regularized = {id(v) for v in self._regularized()}
@@ -295,6 +316,14 @@ class ModelObjective:
 
     def _volatile(self) -> list[Any]:
         return self._runtime.state.changed_by_forward()
+
+
+def _may_fold(named: tuple[str, Any]) -> bool:
+    """Whether what a layer computes is code of the user's own, or an operation by itself."""
+    layer = named[1]
+    if isinstance(layer, keras.layers.Lambda) or not isinstance(layer, keras.layers.Layer):
+        return True
+    return not type(layer).call.__module__.startswith("keras.src.")
 
 
 def _part_of(value: tf.Tensor, share: Any) -> tf.Tensor:

@@ -172,7 +172,12 @@ def middle_norm(name, loss, y):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+def some(names, *everyday):
+    """Returns parameters of a test, most of them slow."""
+    return [n if n in everyday else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", some(MODELS, "mlp", "transformer", "twice", "images"))
 def test_equals_a_loop_in_float64(name, float64):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -195,10 +200,8 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "name", [n if n == "transformer" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("mode", some(MODES, "xla"))
+@pytest.mark.parametrize("name", some(MODELS, "transformer"))
 def test_a_step_equals_a_loop(name, mode):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -304,6 +307,49 @@ class Tied(TapeModel):
         return self.end(self.other(tf.tanh(self.one(inputs))))
 
 
+class Folded(TapeModel):
+    """Gives a layer the places of all examples as rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4, "tanh")
+        self.end = layers.Dense(3)
+
+    def call(self, inputs):
+        rows = self.dense(tf.reshape(inputs, [-1, 2]))
+        return self.end(tf.reshape(rows, [-1, 8]))
+
+
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": False}])
+def test_a_layer_that_gets_other_rows_than_examples(options):
+    keras.utils.set_random_seed(0)
+    model = Folded()
+    x, y = floats(2, 2).astype("float32"), floats(3).astype("float32")
+    model(x)
+    method = backward.PerExampleClipping(0.25)
+    model.compile(keras.optimizers.SGD(1.0), "mse", backward=method, **options)
+    before = model.get_weights()
+    expected, _ = loop(model, lambda y, p, w: tf.reduce_mean(tf.square(y - p)), x, y, 0.25)
+    model.fit(x, y, batch_size=SIZE, verbose=0)
+    assert "first axis" in method.fell_back
+    for new, old, wanted in zip(model.get_weights(), before, expected, strict=True):
+        np.testing.assert_allclose(new, old - wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_unfrozen_after_it_was_built():
+    """Reads of weights outside of their layer are seen then too."""
+    keras.utils.set_random_seed(0)
+    model = Elsewhere()
+    model.trainable = False
+    x, y = floats(5).astype("float32"), floats(3).astype("float32")
+    model(x)
+    model.trainable = True
+    method = backward.PerExampleClipping(0.25)
+    model.compile("sgd", "mse", backward=method)
+    model.compute_gradients(x, y)
+    assert method.fell_back is not None
+
+
 class Own(layers.Dense):
     def call(self, inputs, training=None):
         return 2.0 * super().call(inputs)
@@ -327,7 +373,8 @@ def fallen(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"]
+    "name",
+    some(["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"], "custom layer"),
 )
 def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     keras.utils.set_random_seed(0)

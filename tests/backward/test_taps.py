@@ -97,8 +97,10 @@ def test_gradients_at_outputs_are_those_of_a_plain_tape(name):
         assert [(p, c) for p, c, *_ in hook.seen][:2] == [("twice/inner", 0), ("twice/inner", 1)]
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "name", [m if m == "functional" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
+)
 def test_modes_log_the_same(name, options):
     def train(**kwargs):
         keras.utils.set_random_seed(1)

@@ -60,7 +60,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize(
+    "when", [w if w == "all" else pytest.param(w, marks=pytest.mark.slow) for w in WHEN]
+)
 @pytest.mark.parametrize(
     "mode", [m if m == "executions" else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
 )
@@ -226,7 +228,15 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        if n in ("GlobalNormClipping", "ValueClipping")
+        else pytest.param(n, marks=pytest.mark.slow)
+        for n in CLIPS
+    ],
+)
 def test_the_share_of_clipped_steps(name):
     model = make(CLIPS[name](log_clipped=True))
     history = callbacks.GradientHistory()

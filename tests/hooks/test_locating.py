@@ -108,7 +108,13 @@ def located(name, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*steps of this epoch were skipped")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        f if f in ("division", "norm", "loss") else pytest.param(f, marks=pytest.mark.slow)
+        for f in FAULTS
+    ],
+)
 @pytest.mark.parametrize(
     "mode", [m if m in EVERYDAY else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
 )
