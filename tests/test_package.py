@@ -30,7 +30,8 @@ NAMES = {
         "GradientHook LambdaHook GlobalNormClipping NormClipping ValueClipping BlockRMSClipping "
         "AdaptiveClipping PercentileClipping ZScoreClipping SkipNonFinite ZeroNonFinite "
         "SkipSpikes GradientNoise Centralization GradientScaling LearningRateMultiplier "
-        "Freezing GradualUnfreezing GradientMonitor UpdateMonitor NoiseScale"
+        "Freezing GradualUnfreezing GradientMonitor UpdateMonitor NoiseScale During "
+        "OutputGradient OutputMonitor"
     ),
     backward: "Backpropagation SharpnessAware ProjectedConflicts PerExampleClipping",
     callbacks: "GradientHistory GradientTensorBoard GradientCSV",

@@ -144,6 +144,7 @@ class Taps(Opened):
                 if watcher._names_layers:
                     self._named.add(id(layer))
         self._replaces = replaces
+        self._watchers = list(watchers)
         self._calls: dict[int, int] = {}
         self._left_out: set[int] = set()
         self._is_open = False
@@ -153,6 +154,18 @@ class Taps(Opened):
         self.share: Any = None
         self.inputs: Any = None
         self.loss: Any = None
+
+    def open_alike(self) -> Taps | None:
+        """Returns taps for the same watchers that are open in this thread, if any are.
+
+        A second tape around the same forward pass shares them: of two identities, one after
+        the other, a gradient would be replaced twice.
+        """
+        for each in _open.taps:
+            if isinstance(each, Taps) and not each._replaces and each._is_open:
+                if list(map(id, each._watchers)) == list(map(id, self._watchers)):
+                    return each
+        return None
 
     @contextlib.contextmanager
     def tapping(self) -> Iterator[Taps]:

@@ -52,8 +52,12 @@ class StepTape(tf.GradientTape):
         self._noticing = self._step.noticing_new() if self._is_own else contextlib.nullcontext()
         self._noticing.__enter__()
         self._undivided.__enter__()
-        self._taps = self._runtime.taps()
-        self._tapping = contextlib.nullcontext() if self._taps is None else self._taps.tapping()
+        self._taps = taps = self._runtime.taps()
+        shared = None if taps is None else taps.open_alike()
+        if taps is None or shared is not None:
+            self._taps, self._tapping = shared, contextlib.nullcontext()
+        else:
+            self._tapping = taps.tapping()
         super().__enter__()
         # Within the tape, whose recording they look for.
         self._tapping.__enter__()

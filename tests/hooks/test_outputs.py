@@ -231,6 +231,37 @@ def test_two_updates_in_one_step_each_count():
     assert logs["output_gradient_norm/b"][0] == pytest.approx(np.linalg.norm(at_b), rel=1e-5)
 
 
+@pytest.mark.parametrize("in_step", [True, False])
+def test_two_tapes_around_one_forward_pass_replace_once(in_step):
+    """As a GAN has them: the gradient is not reversed twice."""
+
+    def step(model, x, y):
+        with model.gradient_tape() as one, model.gradient_tape() as other:
+            loss = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+        one.minimize(loss, variables=model.layers[1].trainable_variables)
+        other.minimize(loss, variables=model.layers[2].trainable_variables)
+        return {"loss": loss}
+
+    class Both(TapeModel):
+        def train_step(self, data):
+            return step(self, *data)
+
+    plain = make()
+    model = Both(plain.inputs, plain.outputs[0])
+    watching = [hooks.OutputGradient(reverse, "a"), hooks.OutputMonitor("b")]
+    model.compile(keras.optimizers.SGD(1.0), "mse", gradient_hooks=watching)
+    before = model.get_weights()
+    _, at_b, gradients, _ = by_hand(before, fn=lambda g: -0.5 * g)
+    if in_step:
+        logs = model.fit(X, Y, batch_size=12, verbose=0).history
+        assert logs["output_gradient_norm/b"][0] == pytest.approx(np.linalg.norm(at_b), rel=1e-5)
+    else:
+        step(model, tf.constant(X), tf.constant(Y))
+    # The second update is of weights that the first one has left alone.
+    for new, old, gradient in zip(model.get_weights(), before, gradients, strict=True):
+        np.testing.assert_allclose(new, old - gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_a_persistent_tape_that_is_asked_twice_counts_once():
     class Looking(TapeModel):
         def train_step(self, data):
