@@ -14,35 +14,32 @@ import tensorflow as tf
 
 # What is in a file besides the state of a model. The seal is an attribute: all values are
 # those that Keras would write.
-SEAL, PROGRESS = "tapefit_checksum", "progress"
+SEAL, PROGRESS = "tapefit_checksums", "progress"
 
 
 def seal(store: Any) -> None:
-    """Adds the checksum of all that a file holds so far.
+    """Adds the checksums of all that a file holds so far; Keras may add more to it later.
 
     HDF5 has none: a flipped bit would be a weight like any other. A file in several pieces
-    has no seal.
+    has no seal, nor has one with more arrays than an attribute has room for.
 
     Args:
         store: what Keras gives `save_own_variables`.
     """
     if _is_one_file(store):
-        store.h5_file.attrs[SEAL] = _checksum(store.h5_file)
+        checksums = _checksums(store.h5_file)
+        if 0 < len(checksums) <= 15_000:
+            store.h5_file.attrs[SEAL] = checksums
 
 
 def check_seal(store: Any) -> None:
-    """Compares a file with its checksum, if it has one.
+    """Compares a file with its checksums, if it has any.
 
     Raises:
         ValueError: when something in it is not what was written.
     """
     if _is_one_file(store):
         _check_seal(store.h5_file)
-
-
-def is_sealed(store: Any) -> bool:
-    """Whether this library wrote the file, as far as that shows."""
-    return _is_one_file(store) and SEAL in store.h5_file.attrs
 
 
 def check_file(path: str) -> tuple[int, ...] | None:
@@ -64,10 +61,10 @@ def check_file(path: str) -> tuple[int, ...] | None:
 
 def _check_seal(file: Any) -> None:
     expected = file.attrs.get(SEAL)
-    if expected is not None and int(expected) != _checksum(file):
+    if expected is not None and not np.isin(expected, _checksums(file)).all():
         raise ValueError(
             "The file is damaged: its values are not those that were saved. Load another copy "
-            f"of it. Received: {file.filename}, which has another checksum."
+            f"of it. Received: {file.filename}, with other checksums."
         )
 
 
@@ -75,17 +72,17 @@ def _is_one_file(store: Any) -> bool:
     return type(store).__name__ == "H5IOStore"
 
 
-def _checksum(file: Any) -> int:
-    found = 0
+def _checksums(file: Any) -> np.ndarray:
+    """Returns a number for each array of a file: of its name, its shape and its values."""
+    found: list[int] = []
 
     def visit(name: str, item: Any) -> None:
-        nonlocal found
         if hasattr(item, "dtype"):
-            found = zlib.crc32(f"{name} {item.shape} {item.dtype}".encode(), found)
-            found = zlib.crc32(np.ascontiguousarray(item[()]).tobytes(), found)
+            head = zlib.crc32(f"{name} {item.shape} {item.dtype}".encode())
+            found.append(zlib.crc32(np.ascontiguousarray(item[()]).tobytes(), head))
 
     file.visititems(visit)
-    return found
+    return np.array(found, "uint32")
 
 
 @contextlib.contextmanager

@@ -137,9 +137,7 @@ class State(keras.Operation):
         self.progress = progress or None
         self.pending = given
         names = {hook.name for hook in self._runtime.hooks}
-        # A file of Keras's has no state of hooks, and lost none.
-        is_ours = bool(given) or files.is_sealed(store)
-        self.awaited = {name for name in names if is_ours and f"{name}{_NEW}" not in new}
+        self.awaited = {name for name in names if f"{name}{_NEW}" not in new}
         self._runtime.windows.loaded()
         self.restore_pending()
 

@@ -89,19 +89,19 @@ def hook_state_lost(file: h5py.File, rng: np.random.Generator) -> None:
     names = [n for n in file[HOOK] if n.startswith("percentile")]
     for name in names if rng.integers(0, 2) else [str(rng.choice(names))]:
         del file[f"{HOOK}/{name}"]
-    del file.attrs["tapefit_checksum"]
+    del file.attrs["tapefit_checksums"]
 
 
 def hook_state_renamed(file: h5py.File, rng: np.random.Generator) -> None:
     for name in [n for n in file[HOOK] if n.startswith("percentile")]:
         file.move(f"{HOOK}/{name}", f"{HOOK}/other{rng.integers(0, 9)}_{name}")
-    del file.attrs["tapefit_checksum"]
+    del file.attrs["tapefit_checksums"]
 
 
 def hook_state_too_much(file: h5py.File, rng: np.random.Generator) -> None:
     """As of a hook that was taken out: harmless."""
     file[f"{HOOK}/stranger.0.count"] = np.int64(rng.integers(0, 9))
-    del file.attrs["tapefit_checksum"]
+    del file.attrs["tapefit_checksums"]
 
 
 def _any(file: h5py.File, rng: np.random.Generator) -> str:

@@ -8,6 +8,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_tapefit import TapeModel, hooks
 
@@ -260,3 +261,34 @@ def test_safe_mode_runs_no_code(saved, tmp_path, monkeypatch, place, code):
         model = keras.models.load_model(tmp_path / "bad.keras")
         model.train_on_batch(X, Y)
     assert not (tmp_path / "ran").exists()
+
+
+@keras.saving.register_keras_serializable("test_files")
+class Private(TapeModel):
+    """Has a layer whose private name Keras saves after all of the library's."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._zone = keras.layers.Dense(2)
+        self.bare = tf.Variable(1.0)
+
+    def call(self, x):
+        return self.bare * self._zone(x)
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_what_keras_saves_later_is_no_damage(name, tmp_path):
+    model = Private()
+    model.compile("adam", "mse", gradient_hooks=[hooks.PercentileClipping()])
+    x = np.ones((4, 3), "float32")
+    model.fit(x, x[:, :2], verbose=0)
+    if name.endswith(".keras"):
+        model.save(tmp_path / name)
+        loaded = keras.models.load_model(tmp_path / name)
+    else:
+        model.save_weights(tmp_path / name)
+        loaded = Private()
+        loaded.compile("adam", "mse", gradient_hooks=[hooks.PercentileClipping()])
+        loaded(x)
+        loaded.load_weights(tmp_path / name)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
