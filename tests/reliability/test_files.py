@@ -289,6 +289,6 @@ def test_what_keras_saves_later_is_no_damage(name, tmp_path):
         model.save_weights(tmp_path / name)
         loaded = Private()
         loaded.compile("adam", "mse", gradient_hooks=[hooks.PercentileClipping()])
-        loaded(x)
+        loaded.train_on_batch(x, x[:, :2])
         loaded.load_weights(tmp_path / name)
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
