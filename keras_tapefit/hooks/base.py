@@ -30,6 +30,7 @@ from keras_tapefit.hooks.arguments import (
     shown,
 )
 from keras_tapefit.hooks.number import Number, deserialize_number, serialize_number
+from keras_tapefit.hooks.state_list import guard
 from keras_tapefit.hooks.step import LogEntry, Outputs, current_step
 
 Hook = TypeVar("Hook", bound="GradientHook")
@@ -613,6 +614,7 @@ class GradientHook:
                 number.make_variable(self)
             with keras.name_scope(self.name):
                 self.build([variables[i] for i in self._positions])
+            guard(self, len(self._positions))
         except BaseException:
             # Undone as a whole: the cause may be fixed before the next step.
             vars(self).clear()

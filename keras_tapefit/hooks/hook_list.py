@@ -15,7 +15,7 @@ from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
 from keras_tapefit.hooks.function import LambdaHook
 from keras_tapefit.hooks.outputs import OutputHook
-from keras_tapefit.hooks.step import Outputs, Step, running
+from keras_tapefit.hooks.step import Outputs, Step, current_step, running
 
 
 class HookList(MutableSequence[GradientHook]):
@@ -373,7 +373,7 @@ class HookList(MutableSequence[GradientHook]):
         def after() -> None:
             with running(step):
                 for hook, chosen, before in watched:
-                    step.hook = hook
+                    step.hook, step.num_given = hook, len(chosen)
                     hook.after_update(before, chosen)
 
         return after
@@ -519,6 +519,9 @@ def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
 
 
 def _applied(hook: GradientHook, given: Gradients) -> Gradients:
+    step = current_step()
+    if step is not None:
+        step.num_given = len(given)
     try:
         result = hook.apply(given)
     except ValueError as error:

@@ -86,6 +86,7 @@ class Step:
         entries: the scalars reported, in order.
         rejections: scalar bools; any that is true skips the update.
         hook: the hook that is being applied.
+        num_given: the number of variables whose gradients or values it was given.
     """
 
     index: tf.Tensor
@@ -94,6 +95,7 @@ class Step:
     entries: list[LogEntry] = field(default_factory=list)
     rejections: list[tf.Tensor] = field(default_factory=list)
     hook: Any = None
+    num_given: int | None = None
 
 
 class _Current(threading.local):

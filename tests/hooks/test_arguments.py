@@ -536,12 +536,55 @@ def test_state_by_variable_while_some_are_frozen(model, frozen):
             assert not moved[path].any()
 
 
-def test_a_list_by_place_is_refused_when_some_are_frozen(model):
-    model.gradient_hooks.add(ByPlace())
+class Zips(ByPlace):
+    def apply(self, gradients):
+        new = []
+        for gradient, average in zip(gradients.values(), self.averages, strict=False):
+            average.assign(0.5 * average + 0.5 * gradient)
+            new.append(average.value)
+        return gradients.with_present(new)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Indexes(ByPlace):
+    def apply(self, gradients):
+        def smooth(gradient, variable):
+            average = self.averages[self.place(variable)]
+            average.assign(0.5 * average + 0.5 * gradient)
+            return average.value
+
+        return gradients.map(smooth, gradients.variables)
+
+
+@pytest.mark.parametrize("kind", [ByPlace, Zips])
+@pytest.mark.parametrize("frozen", ["first/*", "second/*"])
+def test_a_list_by_place_is_refused_when_some_are_frozen(model, kind, frozen):
+    """Of the last layer, too, where the gradients would only seem to fit."""
+    model.gradient_hooks.add(kind())
     model.train_on_batch(X, Y)
-    model.freeze("first/*")
-    with pytest.raises(ValueError, match="for each of the 2 variables .* Received: 4. .*add_var"):
+    before = model.get_weights()
+    model.freeze(frozen)
+    with pytest.raises(ValueError, match="list of 4 variables of state, and 2 of .*add_variables"):
         model.train_on_batch(X, Y)
+    model.unfreeze(frozen)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    model.train_on_batch(X, Y)
+
+
+def test_a_list_by_place_may_be_indexed(model):
+    moved = []
+    for kind in (Smoothing, Indexes):
+        hook = model.gradient_hooks.add(kind())
+        model.train_on_batch(X, Y)
+        model.freeze("first/*")
+        weights = model.get_weights()
+        model.train_on_batch(X, Y)
+        moved.append([b - a for a, b in zip(weights, model.get_weights(), strict=True)])
+        model.unfreeze("first/*")
+        model.gradient_hooks.remove(hook)
+    assert any(change.any() for change in moved[1])
+    assert not any(change.any() for change in moved[1][:2])
 
 
 def test_states_by_variable_have_no_places(model):
