@@ -38,7 +38,7 @@ _MIXING = (keras.layers.BatchNormalization, keras.layers.MixUp, keras.layers.Cut
 
 @register
 class PerExampleClipping(GradientMethod):
-    """Clips the gradient of every example by itself, and adds noise: DP-SGD.
+    """Clips the gradient of every example separately, and adds noise: DP-SGD.
 
     For outliers that must not steer the model, and as the mechanism of differentially
     private training. No privacy figure is claimed: that takes an accountant who knows
@@ -79,7 +79,7 @@ class PerExampleClipping(GradientMethod):
         chunk_size: the number of examples whose gradients are in memory at a time, where
             they are computed one by one. `None`: all of the batch.
         seed: an integer, which the noise depends on together with the number of updates
-            made. `None`: one drawn anew each time the object is made, and not saved.
+            made. `None`: one drawn each time the object is made, and not saved.
 
     Attributes:
         fell_back: why gradients of examples were computed one by one, a text; `None`: they
@@ -357,7 +357,7 @@ def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> t
     rest = tf.add_n([zeros, *products])
     squares = [tf.cast(gradient.squares(), zeros.dtype) for gradient, _ in known]
     plain = tf.add_n([zeros, *squares])
-    # Far from where float32 loses a square; what it loses beside is nothing.
+    # Far from where float32 loses a square; and nothing else is lost.
     in_range = tf.reduce_all(tf.math.is_finite(plain) & (plain > 1e-25))
 
     def safe() -> tf.Tensor:

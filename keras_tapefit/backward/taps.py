@@ -58,7 +58,7 @@ class Tap:
         value: the tensor, as the layer returned it.
         inputs: the tensors that the call was given.
         watchers: those who look at its gradient.
-        passed_on: what the model goes on with.
+        passed_on: what the model computes with.
         gradients: by the `id` of a watcher, what came back to it, one tensor for each
             backward pass, without loss scale.
     """

@@ -142,7 +142,7 @@ def _rows_before(path: Any, step: int, header: list[str]) -> list[list[str]]:
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header) or not (row[0].isdecimal() and row[1].isdecimal()):
             raise ValueError(
-                f"The training goes on at step {step}, and line {number} of the file "
+                f"The training continues at step {step}, and line {number} of the file "
                 f"{os.fspath(path)!r} is no record of a step. Take it out, or move the file "
                 f"away. Received: {','.join(row)[:80]!r}."
             )

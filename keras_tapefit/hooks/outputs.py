@@ -102,7 +102,7 @@ def _is_meant(wanted: Any, path: str, layer: Any) -> bool:
 class OutputGradient(OutputHook):
     """Calls a function with the gradient that flows back through a layer's output.
 
-    What comes back from it goes on to the layers before. For clipping in the middle of a
+    What it returns is passed on to the layers before. For clipping in the middle of a
     network, gradient reversal, stopping a branch, or looking at saliency.
 
     It acts in every backward pass of the training: in the built-in step, in

@@ -1,4 +1,4 @@
-"""Where a training is: freezing by schedule, and the step at which a restored one goes on.
+"""Where a training is: freezing by schedule, and the step at which a restored one continues.
 
 Private names used here: `Model._initial_epoch`. Checked with Keras 3.15.1;
 `tests/models/test_private_names.py` fails when they change.

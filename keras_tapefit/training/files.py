@@ -139,7 +139,7 @@ def unchanged_on_error(runtime: Any) -> Iterator[None]:
 
 
 def _held(runtime: Any) -> list[Any]:
-    """Returns the variables of a model, each replica's copy by itself."""
+    """Returns the variables of a model, each replica's copy separately."""
     model = runtime.model
     found = [*model.variables, *model.metrics_variables, *runtime.state.variables().values()]
     for optimizer in runtime.optimizers():

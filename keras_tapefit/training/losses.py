@@ -186,7 +186,7 @@ def of_examples(model: Any, heard: list[Any]) -> tuple[tf.Tensor | None, str | N
     if compiled is None or overrides_compute_loss(model):
         return None, "the loss is computed in a way of the model's own"
     if not compiled.built or len(heard) != len(compiled._flat_losses):
-        return None, "its losses are not told apart"
+        return None, "its losses cannot be told apart"
     found = []
     for item, (_, reduced) in zip(compiled._flat_losses, heard, strict=True):
         loss = getattr(item.loss, "loss", item.loss)

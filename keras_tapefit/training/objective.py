@@ -319,7 +319,7 @@ class ModelObjective:
 
 
 def _may_fold(named: tuple[str, Any]) -> bool:
-    """Whether what a layer computes is code of the user's own, or an operation by itself."""
+    """Whether a layer runs custom code, or is a single operation."""
     layer = named[1]
     if isinstance(layer, keras.layers.Lambda) or not isinstance(layer, keras.layers.Layer):
         return True

@@ -515,8 +515,8 @@ class TapeTrainer:
         Args:
             targets: a layer, a variable, a predicate on a variable, a glob on
                 `variable.path`, or a list of these.
-            train_bn: whether the statistics of BatchNormalization go on in layers that are
-                frozen whole, as Lightning's argument of this name has it.
+            train_bn: whether the statistics of BatchNormalization are still updated in
+                layers that are frozen whole, as Lightning's argument of this name has it.
 
         Raises:
             TypeError: when `train_bn` is no bool.
@@ -576,7 +576,7 @@ def _check_needs_no_epochs(fit: Any, hooks: HookList) -> None:
     for hook in hooks:
         if type(hook).frozen_positions is not GradientHook.frozen_positions:
             raise TypeError(
-                f"The hook {hook.name!r} needs to know the epoch, which a callback tells, and "
+                f"The hook {hook.name!r} learns the epoch from a callback, and "
                 f"`{fit.__qualname__}` takes no `callbacks`. Have it take `**kwargs` and pass "
                 "them on, or name its class before `TapeModel` among the bases."
             )

@@ -3,7 +3,7 @@
 A model is walked through, attribute by attribute, into a flat list of tokens: shapes,
 dtypes, plain values, functions by their code and what they close over, classes by their
 methods. What lives in variables is no part of it. What cannot be looked into is passed
-over: the first step of the model tells (see `keras_tapefit.tuning.check`).
+over: the first step of the model shows it (see `keras_tapefit.tuning.check`).
 
 Private names used here: attributes of Keras objects that say nothing about a step
 (`_PASSED_OVER`, `_OUTSIDE`), `keras.Variable._value`, `KerasTensor._keras_history`,

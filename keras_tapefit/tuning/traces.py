@@ -177,7 +177,7 @@ class _Execution:
         """Has the model keep its traces to itself."""
         if not isinstance(reason, str | Incomparable):
             reason = f"{type(reason).__name__}: {reason}"
-        self._pool.note(self._kind, f"traced anew: {reason}")
+        self._pool.note(self._kind, f"traced again: {reason}")
         self._found = self._afresh()
         return self._found(iterator)
 
@@ -201,7 +201,7 @@ class _Execution:
                 trace.uncompiled = self._uncompiled(iterator, fingerprint)
             self._pool.keep(trace)
         except Exception as reason:
-            entry = f"{entry.partition(':')[0]} anew: {reason}"
+            entry = f"{entry.partition(':')[0]} again: {reason}"
         self._pool.note(self._kind, entry)
         return self._found(iterator)
 
@@ -231,11 +231,11 @@ class _Execution:
         warnings.warn(
             f"The step that was traced for an earlier trial is not reused: {difference}. Either "
             "it reads something that is no part of the model, such as a setting in a module or "
-            "a file, or it cannot be run eagerly. It is traced anew for this trial and all "
+            "a file, or it cannot be run eagerly. It is traced again for this trial and all "
             "further ones of the kind.",
             stacklevel=2,
         )
-        self._pool.note(self._kind, f"traced anew: {difference}", unlike=True)
+        self._pool.note(self._kind, f"traced again: {difference}", unlike=True)
         self._found = self._afresh()
         return self._found(check.iterator())
 

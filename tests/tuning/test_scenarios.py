@@ -631,7 +631,7 @@ for loss, said in [
         values=(1.0, 1.0, 0.999),
         reused=None if said else 1,
         warned=not said,
-        said=said or "traced anew: after the first step",
+        said=said or "traced again: after the first step",
     )
 
 
@@ -657,7 +657,7 @@ scenario(
     values=(1.0, 1.0, 0.5),
     reused=2,
     warned=True,
-    said="evaluation traced anew: after the first step",
+    said="evaluation traced again: after the first step",
 )
 
 
@@ -849,7 +849,7 @@ for name, make in {
     ),
     "a global that counts": lambda v: dense(loss=counts_globally, optimizer=adam(v)),
 }.items():
-    scenario(name, make, reused=0, said="traced anew")
+    scenario(name, make, reused=0, said="traced again")
 
 
 # T7: what a walk stumbles over.

@@ -231,7 +231,7 @@ def test_a_strategy(search, data):
     hypermodel = tuning.TapeHyperModel(build, reuse=True)
     tuner = search(hypermodel, max_trials=1, distribution_strategy=strategy)
     tuner.search(**fit_arguments(data))
-    reason = "traced anew: the model is trained under a `tf.distribute` strategy"
+    reason = "traced again: the model is trained under a `tf.distribute` strategy"
     assert hypermodel.history == [reason]
     assert_best_model_scores(tuner, data)
 
