@@ -62,7 +62,8 @@ class SameBeginning(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         strategy = self.model.distribute_strategy
         optimizer = self.model.optimizer
-        steps = int(optimizer.iterations.numpy()) if optimizer.built else 0
+        is_built = optimizer is not None and optimizer.built
+        steps = int(optimizer.iterations.numpy()) if is_built else 0
         mine = [keras_trainer.resumed_epoch(self.model), steps]
 
         def gather() -> tf.Tensor:
