@@ -70,7 +70,8 @@ class Clock(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         # The last of all callbacks: one of them may have restored the model.
         given = self.runtime.state.progress if self.restores else None
-        if given is None:
+        if given is None or self.runtime.has_trained:
+            # Of a `fit` that was interrupted in this process, Keras repeats the epoch.
             return
         epoch, self.num_passed_over, first_step = map(int, given["place"])
         self._restored = epoch, self.num_passed_over
@@ -87,6 +88,7 @@ class Clock(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.epoch = epoch
         self._done = (epoch, 0)
+        self.runtime.has_trained = True
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Other callbacks, which may save, come before this one at the end of a batch.

@@ -72,6 +72,8 @@ class Runtime:
             scope=self.scope,
         )
         self.evaluating = False
+        # Whether an epoch has begun in this process.
+        self.has_trained = False
         # Whether the data of this training may end before Keras expects it to.
         self.may_run_out = False
         self.clock: Any = None

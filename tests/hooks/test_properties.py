@@ -308,13 +308,17 @@ ARGUMENTS = {
     "epochs": RANGES,
     "stages": st.lists(TARGETS.filter(lambda t: t is not None), min_size=1, max_size=3),
     "fn": st.just(halve),
+    "log_clipped": st.booleans(),
+    "locate": st.booleans(),
+    "layers": st.one_of(st.none(), st.just("a/*"), st.lists(st.text("abc/", min_size=1))),
 }
 HOOKS = [
     getattr(hooks, name)
     for name in hooks.__all__
     if isinstance(getattr(hooks, name), type)
     and issubclass(getattr(hooks, name), hooks.GradientHook)
-    and name != "GradientHook"
+    # `During` holds another hook, which is no plain argument.
+    and name not in ("GradientHook", "During")
 ]
 
 
