@@ -6,6 +6,7 @@
 import warnings
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -16,6 +17,8 @@ ROWS = (Path(__file__).parent / "bad_calls.txt").read_text(encoding="utf-8").spl
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
+    # Messages have names that Keras numbers.
+    keras.utils.clear_session()
     return calls.namespace(tmp_path_factory.mktemp("calls"))
 
 

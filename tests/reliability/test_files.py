@@ -101,7 +101,8 @@ def try_all(saved, ending, load, kinds, seeds):
     counts = {}
     for kind in kinds:
         for seed in seeds:
-            path = saved[0] / f"bad.{ending}"
+            # A file of its own: a load that raised may have left the last one open.
+            path = saved[0] / f"{kind}_{seed}.{ending}"
             damage.damaged(saved[0] / f"good.{ending}", kind, 1000 * len(kind) + seed, path)
             found = outcome(saved, path, load)
             counts.setdefault(kind, {}).setdefault(found, 0)
