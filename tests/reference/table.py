@@ -7,6 +7,7 @@ python -m tests.reference.table --strength 3    # every triple, printed; needs a
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import pathlib
 import re
@@ -214,6 +215,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Collected at any place, an iterator over a generator that was not run to its end may
+    # wait forever in TensorFlow 2.21: its destructor has the lock that its thread needs.
+    gc.disable()
     # Several CPU devices, as in the tests.
     from tests import conftest  # noqa: F401
 
