@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tapefit.training import files
+from keras_tapefit.training import files, strategies
 from keras_tapefit.update import trainable
 
 # After the name of a hook that had no state yet.
@@ -118,7 +118,9 @@ class State(keras.Operation):
         new = [hook.name for hook in self._runtime.hooks if hook._built_for is None]
         values.update((f"{name}{_NEW}", np.int64(1)) for name in new)
         clock = self._runtime.clock
-        if clock is not None and clock.progress is not None:
+        # Workers would have to read metrics together, and one may save alone.
+        alone = not strategies.has_workers(self._runtime.model)
+        if alone and clock is not None and clock.progress is not None:
             values.update((f"{files.PROGRESS}.{k}", v) for k, v in clock.values().items())
         for key, value in values.items():
             # In HDF5 a slash begins a group.
