@@ -1,8 +1,4 @@
-"""Where a training is: freezing by schedule, and the step at which a restored one continues.
-
-Private names used here: `Model._initial_epoch`. Checked with Keras 3.15.1;
-`tests/models/test_private_names.py` fails when they change.
-"""
+"""Where a training is: freezing by schedule, and the step at which a restored one continues."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tapefit.training import keras_trainer
 from keras_tapefit.training.runtime import Runtime
 from keras_tapefit.update import trainable
 
@@ -76,7 +73,7 @@ class Clock(keras.callbacks.Callback):
         epoch, self.num_passed_over, first_step = map(int, given["place"])
         self._restored = epoch, self.num_passed_over
         self.first_step = None if first_step < 0 else first_step
-        self.model._initial_epoch = epoch
+        keras_trainer.resume_at(self.model, epoch)
         if self.num_passed_over:
             # The logs of this epoch are of all its batches.
             for i, variable in enumerate(self.model.metrics_variables):

@@ -41,6 +41,11 @@ def resumed_epoch(model: Any) -> int:
     return model._initial_epoch or 0
 
 
+def resume_at(model: Any, epoch: int) -> None:
+    """Has a training that begins now begin with this epoch."""
+    model._initial_epoch = epoch
+
+
 def check_compiled(model: Any, method: str) -> None:
     """Raises Keras's `ValueError` for a method of a model that is not compiled."""
     model._assert_compile_called(method)

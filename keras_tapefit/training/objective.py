@@ -267,12 +267,7 @@ class ModelObjective:
         return [self._scaled(v) for v in (values if self._apart else [sum_of(values)])]
 
     def steps(self) -> tf.Tensor:
-        optimizer = self._model.optimizer
-        return (
-            tf.constant(0, tf.int64)
-            if optimizer is None
-            else tf.cast(optimizer.iterations, tf.int64)
-        )
+        return optimizers.updates_made(self._model.optimizer)
 
     def layers(self) -> list[Any]:
         return layers_of(self._model)

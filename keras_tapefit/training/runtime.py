@@ -158,9 +158,7 @@ class Runtime:
 
     def see_outputs(self, computed: Computed) -> list[LogEntry]:
         """Shows hooks what layers returned in a step; returns what they report."""
-        optimizer = self.optimizer
-        index = 0 if optimizer is None else optimizer.iterations
-        step = HookStep(index=tf.cast(index, tf.int64))
+        step = HookStep(index=optimizers.updates_made(self.optimizer))
         context = tf.distribute.get_replica_context()
         replica = 0 if context is None else context.replica_id_in_sync_group
         outputs = Outputs(computed.taps, replicas.sum_over, replicas.count(), replica)

@@ -88,7 +88,7 @@ def make_update(
     if scaled and scale is not None:
         gradients = gradients.scale(1.0 / tf.cast(scale, tf.float32))
 
-    step = Step(index=tf.cast(optimizer.iterations, tf.int64))
+    step = Step(index=optimizers.updates_made(optimizer))
     if hooks.uses_loss and loss is not None:
         step.loss = tf.cast(replicas.sum_over(loss), tf.float32)
     if hooks.uses_parts:

@@ -81,6 +81,11 @@ def loss_scale(optimizer: Any) -> Any:
     return getattr(optimizer, "loss_scale_factor", None)
 
 
+def updates_made(optimizer: Any) -> tf.Tensor:
+    """Returns the number of updates so far, a scalar int64; 0 without an optimizer."""
+    return tf.cast(0 if optimizer is None else optimizer.iterations, tf.int64)
+
+
 def learning_rate(optimizer: Any) -> tf.Tensor:
     """Returns the learning rate of this step, a scalar float32; of several the first."""
     rate = next(leaves(optimizer)).learning_rate

@@ -244,11 +244,6 @@ class StepRecord:
         """Takes up what was seen of an update."""
         self._updates.append((variables, seen))
 
-    def close_window(self, variables: list[Any], seen: Seen | None) -> None:
-        """Takes up what was seen of the update of a window."""
-        if seen is not None:
-            self._records.close_window(variables, seen)
-
     def write(self, loss: Any, entries: Sequence[LogEntry] = ()) -> None:
         """Writes the record.
 

@@ -86,10 +86,6 @@ class Watch:
         self._seen: dict[str, Any] = {}
         self._weights: list[tf.Tensor] = []
 
-    def after_accumulation(self) -> Watch:
-        """Returns what looks at the update of a window, whose steps have their own."""
-        return Watch(self.request)
-
     def given(self, gradients: Gradients) -> None:
         """Looks at the true gradients, summed over replicas and without loss scale."""
         self._given = gradients

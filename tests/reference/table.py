@@ -181,7 +181,7 @@ def page(results: list[tuple[Row, str | dict[str, float]]]) -> str:
                 for _, x, _, y, _, reason in array.REFUSED
             ),
             "",
-            "Not tried, since one of the two has no meaning beside the other:",
+            "Not tried, because one of the two has no meaning together with the other:",
             "",
             *(
                 f"- {', '.join(sorted(x))} with {', '.join(sorted(y))}: {reason}."
