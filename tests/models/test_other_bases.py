@@ -324,7 +324,7 @@ def test_a_fit_that_takes_no_callbacks():
     assert trained(TapeModel, Theirs) == trained(Theirs)
     monitored = trained(TapeModel, Theirs, hook=hooks.GradientMonitor())
     assert len(monitored["gradient_norm"]) == 2
-    with pytest.raises(TypeError, match=r"'freezing' needs to know.*Theirs.fit` takes no"):
+    with pytest.raises(TypeError, match=r"'freezing' learns the epoch.*Theirs.fit` takes no"):
         trained(TapeModel, Theirs, hook=hooks.Freezing("*kernel", epochs=1))
     frozen = trained(Theirs, TapeModel, hook=hooks.Freezing("*kernel", epochs=1))
     assert frozen["loss"] != trained(Theirs)["loss"]
