@@ -290,8 +290,18 @@ class Objective(Protocol):
     def batch_size(self, batch: Batch) -> Any:
         """Returns the number of examples: an integer where it is known, else a tensor."""
 
-    def part(self, batch: Batch, start: Any, stop: Any) -> Batch:
-        """Returns the examples of a batch from `start` to `stop`."""
+    def part(self, batch: Batch, start: Any, stop: Any, size: int | None = None) -> Batch:
+        """Returns the examples of a batch from `start` to `stop`.
+
+        Args:
+            batch: `(x, y, sample_weight)`.
+            start: the first of them, an integer or a scalar tensor.
+            stop: the one after the last.
+            size: their number, where it is known.
+        """
+
+    def may_loop(self) -> bool:
+        """Whether parts may be computed in a loop of TensorFlow."""
 
     def masks(self, outputs: Any) -> list[Any]:
         """Returns the mask of each output, flat, `None` where there is none."""

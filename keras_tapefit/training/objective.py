@@ -17,6 +17,7 @@ from keras_tapefit.gradients.layers import named_layers
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.bare_variables import AdoptedVariable
 from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.step import open_step
 from keras_tapefit.update import optimizers, replicas, trainable
 from keras_tapefit.update.rollback import Rollback
 
@@ -295,9 +296,17 @@ class ModelObjective:
     def batch_size(self, batch: Batch) -> Any:
         return keras_trainer.static_batch_size(batch[0])
 
-    def part(self, batch: Batch, start: Any, stop: Any) -> Batch:
-        rows = lambda v: None if v is None else _rows(v, start, stop)  # noqa: E731
+    def part(self, batch: Batch, start: Any, stop: Any, size: int | None = None) -> Batch:
+        rows = lambda v: None if v is None else _rows(v, start, stop, size)  # noqa: E731
         return keras.tree.map_structure(rows, batch)
+
+    def may_loop(self) -> bool:
+        if tf.executing_eagerly() or self._model.jit_compile or replicas.count() > 1:
+            # XLA has to know the size of each part, and replicas meet in the forward pass.
+            return False
+        # Outside the loop nothing can be read but what it returns.
+        custom = type(self._model).compute_metrics is not keras.Model.compute_metrics
+        return not custom and open_step(self._runtime) is None and self._runtime.taps() is None
 
     def masks(self, outputs: Any) -> list[Any]:
         return keras_trainer.masks_of(outputs)
@@ -326,9 +335,12 @@ def _part_of(value: tf.Tensor, share: Any) -> tf.Tensor:
     return value if share is None else tf.math.multiply_no_nan(value, tf.cast(share, value.dtype))
 
 
-def _rows(value: Any, start: Any, stop: Any) -> Any:
+def _rows(value: Any, start: Any, stop: Any, size: int | None) -> Any:
     if not isinstance(value, tf.SparseTensor):
-        return value[start:stop]
+        rows = value[start:stop]
+        if size is not None and isinstance(rows, tf.Tensor):
+            rows.set_shape([size, *rows.shape[1:]])
+        return rows
     shape = value.dense_shape
     start, size = tf.cast(start, tf.int64), tf.cast(stop - start, tf.int64)
     begin = tf.concat([[start], tf.zeros_like(shape[1:])], axis=0)

@@ -220,9 +220,13 @@ def methods(rounds: int) -> Lines:
         "`PerExampleClipping(1.0)`": {"backward": backward.PerExampleClipping(1.0)},
     }
     models = {k: compiled(workload, TapeModel, "adam", **v) for k, v in given.items()}
-    runs = {**runs_of(workload, models, 3), "a loop over examples": one_by_one(workload, 3)}
+    runs = {
+        **runs_of(workload, models, 3),
+        "four parts by hand": in_parts(workload, 4, 3),
+        "a loop over examples": one_by_one(workload, 3),
+    }
     found = timing.in_turns(runs, rounds, 3)
-    for side, goal in zip(list(found)[1:], ("2.05", "1.10", "", ""), strict=True):
+    for side, goal in zip(list(found)[1:], ("2.05", "1.15", "", "", ""), strict=True):
         yield line(side, "", goal, found[side])[:1] + line("", "", goal, found[side])[2:]
     slow, fast = found["a loop over examples"], found["`PerExampleClipping(1.0)`"]
     times = f"{slow.cpu / fast.cpu:.1f} times", f"{slow.wall / fast.wall:.1f} times"
@@ -276,6 +280,56 @@ def one_by_one(workload: Any, number: int) -> Callable[[], None]:
         int(count)
 
     return run
+
+
+def in_parts(workload: Any, number_of_parts: int, number: int) -> Callable[[], None]:
+    """Returns a loop by hand that sums the gradients of equal parts of a batch."""
+    model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
+    optimizer.build(model.trainable_variables)
+    variables = [v.value for v in model.trainable_variables]
+    x, y = tf.constant(workload.x), tf.constant(workload.y)
+    size = len(workload.x) // number_of_parts
+
+    @tf.function
+    def step() -> Any:
+        total: list[Any] = []
+        for start in range(0, len(workload.x), size):
+            # One after the other, as `micro_batches` computes them, to save memory.
+            with tf.control_dependencies(total), tf.GradientTape() as tape:
+                value = loss(y[start : start + size], model(x[start : start + size], training=True))
+                value /= number_of_parts
+            gradients = tape.gradient(value, variables)
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
+        optimizer.apply(total, model.trainable_variables)
+        return optimizer.iterations + 0
+
+    def run() -> None:
+        for _ in range(number):
+            count = step()
+        int(count)
+
+    return run
+
+
+def parts(rounds: int) -> Lines:
+    """`micro_batches=k` on the conv classifier and the Transformer: the time to the first
+    step and that of a step, against one part. Parts after the first are one loop, of which
+    one part is traced."""
+    yield "workload", "k", "first step, CPU", "wall", "a step, CPU", "wall"
+    for workload in (workloads.conv_classifier(), workloads.transformer()):
+        firsts: dict[int, list[Any]] = {k: [] for k in (1, 2, 8, 32)}
+        runs: dict[str, Any] = {}
+        for _ in range(max(1, rounds // 2)):
+            for k, measured in firsts.items():
+                model = compiled(workload, TapeModel, "adam", micro_batches=k)
+                run = timing.steps_of(model, workload.x, workload.y, 1)
+                measured.append(timing.stopwatch(run))
+                runs[str(k)] = run
+        steps_found = timing.in_turns(runs, rounds)
+        for k, measured in list(firsts.items())[1:]:
+            first, step = timing.ratio(measured, firsts[1]), steps_found[str(k)]
+            ratios = (first.cpu, first.wall, step.cpu, step.wall)
+            yield workload.name, str(k), *(f"{value:.2f}" for value in ratios)
 
 
 def growth(rounds: int) -> Lines:
@@ -388,6 +442,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Lines]]] = {
     "freezing": ("Freezing", freezing),
     "overhead": ("What `fit` costs around the steps", overhead),
     "methods": ("Ways to get gradients", methods),
+    "parts": ("Micro-batches", parts),
     "by-example": ("Example by example, and inside the backward pass", by_example),
     "growth": ("Growth with the number of variables", growth),
     "scale": ("Growth with the number of parameters", scale),

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_tapefit import TapeModel, backward
+from keras_tapefit import TapeModel, backward, hooks
 
 from . import support
 from .support import OPTIMIZERS, X, Y, assert_replicas_agree, difference, trained
@@ -165,6 +165,89 @@ def test_normalization_and_dropout_go_part_by_part(mode):
     for a, b in zip(found.variables, stock.variables, strict=True):
         if "seed" in a.path:
             np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def _many_kinds(cls=TapeModel):
+    """Sparse gradients, masks, statistics, random numbers, two losses divided apart."""
+    tokens, values = keras.Input((4,), dtype="int32", name="t"), keras.Input((6,), name="x")
+    embedded = layers.Embedding(5, 3, mask_zero=True, name="e")(tokens)
+    sequence = layers.Dense(2, name="s")(layers.LSTM(4, return_sequences=True, name="l")(embedded))
+    hidden = layers.Dense(5, "tanh", kernel_regularizer="l2", name="h")(values)
+    hidden = layers.Dropout(0.3)(layers.BatchNormalization(name="n")(hidden))
+    return cls({"t": tokens, "x": values}, {"s": sequence, "o": layers.Dense(2, name="o")(hidden)})
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_a_loop_over_parts_is_the_parts_one_after_the_other(window):
+    x = {"t": support.TOKENS[:46], "x": X[:46]}
+    y = {"s": np.random.default_rng(0).normal(size=(46, 4, 2)), "o": Y[:46]}
+    weights = {"s": np.ones((46, 4)), "o": WEIGHTS[:46]}
+    found = []
+    for eager in (True, False):
+        keras.utils.set_random_seed(5)
+        model = _many_kinds()
+        model.compile(
+            keras.optimizers.Adam(gradient_accumulation_steps=2 if window else None),
+            "mse",
+            gradient_hooks=[*support.sensitive_hooks(), *([] if window else [hooks.NoiseScale()])],
+            weighted_metrics={"o": ["mae"], "s": ["mae"]},
+            micro_batches=5,
+            run_eagerly=eager,
+        )
+        options = {"batch_size": 12, "shuffle": False, "epochs": 2, "verbose": 0}
+        log = model.fit(x, y, sample_weight=weights, **options).history
+        # Keras weighs the logs of single losses by static shapes, which differ.
+        log = {k: v for k, v in log.items() if k not in ("s_loss", "o_loss")}
+        found.append((model, log))
+    (eager, expected), (graph, log) = found
+    for a, b in zip(eager.variables, graph.variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=a.path)
+    assert log.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(log[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_one_part_is_traced_however_many_there_are(static):
+    calls = []
+
+    class Counted(layers.Dense):
+        def call(self, inputs):
+            calls.append(inputs.shape)
+            return super().call(inputs)
+
+    inputs = keras.Input((6,))
+    model = TapeModel(inputs, Counted(2)(inputs))
+    model.compile("sgd", "mse", micro_batches=6)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(24, drop_remainder=static)
+    calls.clear()
+    model.fit(data, shuffle=False, verbose=0)
+    in_steps = [shape for shape in calls if shape[0] == (4 if static else None)]
+    assert len(in_steps) == 2, calls
+
+
+def test_metrics_of_the_models_own_may_read_what_a_layer_kept():
+    class Keeping(TapeModel):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, inputs):
+            self.kept = self.dense(inputs)
+            self.add_loss(tf.reduce_mean(self.kept**2))
+            return self.kept
+
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            of_last_part = tf.reduce_sum(self.kept), tf.add_n(self.losses)
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            return {**logs, "kept": of_last_part[0], "added": of_last_part[1]}
+
+    model = Keeping()
+    model.compile("sgd", "mse", micro_batches=4)
+    last = model(X[9:12]).numpy()
+    log = model.fit(X[:12], Y[:12], batch_size=12, shuffle=False, verbose=0).history
+    np.testing.assert_allclose(log["kept"], [last.sum()], rtol=1e-5)
+    np.testing.assert_allclose(log["added"], [(last**2).mean()], rtol=1e-5)
 
 
 @pytest.mark.slow
