@@ -68,7 +68,7 @@ class Quotient:
             shares = [tf.math.divide_no_nan(d, divisor) for d in divisors]
 
         def total(values: Sequence[Any]) -> tf.Tensor:
-            return tf.add_n([_times(v, s) for v, s in zip(values, shares, strict=True)])
+            return tf.add_n([part_of(v, s) for v, s in zip(values, shares, strict=True)])
 
         terms = {place: total([part.terms[place] for part in parts]) for place in first.terms}
         return Quotient(total([part.loss for part in parts]), divisor, terms)
@@ -177,9 +177,10 @@ def sum_of(values: Sequence[tf.Tensor]) -> tf.Tensor:
     return values[0] if len(values) == 1 else tf.add_n(list(values))
 
 
-def _times(value: tf.Tensor, share: Any) -> tf.Tensor:
-    # A part without an example has a loss that is no number.
+def part_of(value: tf.Tensor, share: Any) -> tf.Tensor:
+    """Returns a share of a loss, `None` for all of it, in float32 at least."""
     value = tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+    # A part without an example has a loss that is no number.
     return value if share is None else tf.math.multiply_no_nan(value, tf.cast(share, value.dtype))
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
-from keras_tapefit.hooks.function import LambdaHook
+from keras_tapefit.hooks.checks import as_hook, check_hooks
 from keras_tapefit.hooks.outputs import OutputHook
 from keras_tapefit.hooks.step import Outputs, Step, current_step, running
 
@@ -402,69 +402,6 @@ class HookHandle:
         self.remove()
 
 
-def as_hook(value: Any) -> GradientHook:
-    """Returns a hook as it is, a function as a `LambdaHook`, a saved one with its name."""
-    if isinstance(value, GradientHook):
-        return value
-    if isinstance(value, dict) and value.keys() == {"name", "hook"}:
-        hook = as_hook(value["hook"])
-        hook._saved_name = value["name"]
-        return hook
-    hint = ""
-    if isinstance(value, keras.callbacks.Callback):
-        hint = " This is a Keras callback: pass it to `fit(callbacks=[...])`."
-    elif hasattr(value, "compute"):
-        hint = " This is a gradient method: pass it to `compile(backward=...)`."
-    elif isinstance(value, type):
-        hint = f" Did you mean `{value.__name__}(...)`?"
-    elif callable(value):
-        return LambdaHook(value)
-    raise TypeError(
-        "A gradient hook must be a `GradientHook` or a function of "
-        f"`(gradient, variable)`.{hint} Received: {value!r} (of type "
-        f"{type(value).__name__})."
-    )
-
-
-def check_hooks(value: Any) -> list[GradientHook]:
-    """Returns a list of hooks, made of a list of hooks and functions."""
-    if not isinstance(value, list | tuple | HookList):
-        hint = ""
-        if isinstance(value, GradientHook) or callable(value):
-            hint = "Put it in brackets: `gradient_hooks=[hook]`. "
-        raise TypeError(
-            f"`gradient_hooks` must be a list of gradient hooks. {hint}"
-            f"Received: {value!r} (of type {type(value).__name__})."
-        )
-    return [as_hook(hook) for hook in value]
-
-
-def check_callbacks(callbacks: Any) -> None:
-    """Raises `TypeError` where a hook, or a class, is among the callbacks of `fit`."""
-    for value in keras.tree.flatten(callbacks):
-        if isinstance(value, type) and issubclass(value, keras.callbacks.Callback):
-            raise TypeError(
-                f"A callback must be an instance. Did you mean `{value.__name__}(...)`? "
-                f"Received: {value!r}."
-            )
-        is_class = isinstance(value, type) and issubclass(value, GradientHook)
-        if isinstance(value, type) and issubclass(value, keras.callbacks.Callback):
-            raise TypeError(
-                f"A callback must be an instance. Did you mean `{value.__name__}(...)`? "
-                f"Received: {value!r}."
-            )
-        if is_class or isinstance(value, GradientHook | HookList):
-            raise TypeError(
-                f"{value!r} is a gradient hook and no callback. Pass it to "
-                "`compile(gradient_hooks=[...])` or `model.register_gradient_hook(...)`."
-            )
-        if value is not None and not hasattr(value, "set_model"):
-            raise TypeError(
-                "`callbacks` must be a list of `keras.callbacks.Callback`. "
-                f"Received: {value!r} (of type {type(value).__name__})."
-            )
-
-
 def _check_is_free(hook: GradientHook) -> None:
     if hook._registered_name is not None:
         raise ValueError(
@@ -495,6 +432,7 @@ def _unique_name(hook: GradientHook, taken: set[str]) -> str:
 
 
 def _positions(hook: GradientHook, variables: Sequence[Any]) -> list[int]:
+    """Returns which of some variables a hook is for: those of its targets, and new ones."""
     model_variables = hook._model_variables or []
     members = {id(model_variables[i]) for i in hook._positions}
     known = {id(variable) for variable in model_variables}
@@ -507,14 +445,15 @@ def _positions(hook: GradientHook, variables: Sequence[Any]) -> list[int]:
 
 
 def _apply(hook: GradientHook, gradients: Gradients) -> Gradients:
-    positions = _positions(hook, gradients.variables)
-    if not positions:
+    """Returns what gradients become by a hook, which sees those it is for."""
+    chosen = _positions(hook, gradients.variables)
+    if not chosen:
         return gradients
-    if len(positions) == len(gradients):
+    if len(chosen) == len(gradients):
         # Not a copy: a norm that one hook asked for is there for the next.
         given = gradients.with_unique_rows()
         return _applied(hook, given)
-    given = gradients._subset(positions).with_unique_rows()
+    given = gradients._subset(chosen).with_unique_rows()
     return gradients.updated(_applied(hook, given))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tapefit.backward.base import Batch, Forward, Quotient, sum_of
+from keras_tapefit.backward.base import Batch, Forward, Quotient, part_of, sum_of
 from keras_tapefit.backward.taps import Taps
 from keras_tapefit.gradients import layers_of
 from keras_tapefit.gradients.layers import named_layers
@@ -104,9 +104,9 @@ class ModelObjective:
         shares, all_examples = self._shares(found, examples)
         found = [
             Quotient(
-                _part_of(quotient.loss, share),
+                part_of(quotient.loss, share),
                 divisor,
-                {place: _part_of(value, share) for place, value in quotient.terms.items()},
+                {place: part_of(value, share) for place, value in quotient.terms.items()},
             )
             for quotient, (share, divisor) in zip(found, shares, strict=True)
         ]
@@ -139,9 +139,9 @@ class ModelObjective:
                 each = [Quotient(loss, examples) for loss in tasks(batch[1], y_pred)]
                 rest = losses.additional(model)
         shares, all_examples = self._shares([*each, Quotient(tf.zeros(()), examples)], examples)
-        values = [_part_of(q.loss, s) for q, (s, _) in zip(each, shares, strict=False)]
-        extra = [_part_of(loss, shares[-1][0]) for loss in rest]
-        logged = {t.place: _part_of(t.value, s) for t, (s, _) in zip(terms, shares, strict=False)}
+        values = [part_of(q.loss, s) for q, (s, _) in zip(each, shares, strict=False)]
+        extra = [part_of(loss, shares[-1][0]) for loss in rest]
+        logged = {t.place: part_of(t.value, s) for t, (s, _) in zip(terms, shares, strict=False)}
         whole = Quotient(sum([*values, *extra]), all_examples, logged)
         if taps is not None:
             taps.inputs, taps.loss = batch, whole.loss
@@ -264,7 +264,7 @@ class ModelObjective:
             if like is None:
                 return [self._scaled(losses.compute(self._model, batch, y_pred, self._training))]
             found = self._quotients(batch, y_pred, like.examples)
-        values = [_part_of(q.loss, s) for q, s in zip(found, like.shares, strict=True)]
+        values = [part_of(q.loss, s) for q, s in zip(found, like.shares, strict=True)]
         return [self._scaled(v) for v in (values if self._apart else [sum_of(values)])]
 
     def steps(self) -> tf.Tensor:
@@ -328,11 +328,6 @@ def _may_fold(named: tuple[str, Any]) -> bool:
     if isinstance(layer, keras.layers.Lambda) or not isinstance(layer, keras.layers.Layer):
         return True
     return not type(layer).call.__module__.startswith("keras.src.")
-
-
-def _part_of(value: tf.Tensor, share: Any) -> tf.Tensor:
-    # A replica without an example has a loss that is no number.
-    return value if share is None else tf.math.multiply_no_nan(value, tf.cast(share, value.dtype))
 
 
 def _rows(value: Any, start: Any, stop: Any, size: int | None) -> Any:
