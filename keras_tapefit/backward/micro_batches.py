@@ -157,7 +157,7 @@ class MicroBatches(GradientMethod):
 
 @dataclass
 class _Part:
-    """What is kept of a part when its gradients have been added to those of the others.
+    """The rest of a part, once its gradients have been added to those of the others.
 
     Attributes:
         quotients: without gradients.

@@ -31,7 +31,7 @@ from keras_tapefit.gradients.layers import NamedLayer
 
 
 class Watcher(Protocol):
-    """Who looks at the gradients of taps, as hooks do."""
+    """An object that looks at the gradients of taps, as hooks do."""
 
     @property
     def name(self) -> str: ...
@@ -263,7 +263,7 @@ def _checked(watcher: Any, tap: Tap, gradient: tf.Tensor, result: Any) -> tf.Ten
     if isinstance(result, tf.Variable | keras.Variable):
         raise TypeError(
             f"The hook {watcher.name!r} must return a tensor, or None, for {where}. Received: "
-            "a variable, such as `variable.assign(...)` gives. Assign it in a line of its own."
+            "a variable, such as `variable.assign(...)` gives. Assign it in a separate line."
         )
     if not (tf.is_tensor(result) or isinstance(result, np.ndarray | int | float)):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What the callbacks share: asking a model for records, and fetching them in time."""
+"""The shared part of the callbacks: requesting records from a model, and fetching them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What flows: gradients by variable, the targets that select them, unit axes."""
+"""Gradients by variable, the targets that select them, unit axes."""
 
 from keras_tapefit.gradients import units as units
 from keras_tapefit.gradients.gradients import ByVariable as ByVariable

@@ -1,4 +1,4 @@
-"""What a package shows of itself."""
+"""The public names of a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to gradients between the backward pass and the update."""
+"""Hooks on gradients, between the backward pass and the update."""
 
 from keras_tapefit.gradients.public import publish as _publish
 from keras_tapefit.hooks.base import GradientHook as GradientHook

@@ -100,7 +100,7 @@ class GradientHook(HookState):
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_new = name not in self.__dict__ or name not in plain_arguments(type(self))
-        # What a hook assigns to itself while it is built or applied is its own affair.
+        # What a hook assigns to itself while it is built or applied is not checked.
         if is_new or self._is_building or current_step() is not None:
             object.__setattr__(self, name, value)
         elif self._registered_name is None and self._built_for is None:
@@ -285,12 +285,12 @@ class GradientHook(HookState):
 
     @property
     def _trace_key(self) -> Any:
-        """What of the hook decides a trace."""
+        """The part of the hook that decides a trace."""
         return self._structure
 
     @property
     def _watcher(self) -> Any:
-        """Who looks at the outputs of layers: the hook itself."""
+        """The object that looks at the outputs of layers: the hook itself."""
         return self
 
     @property
@@ -341,7 +341,7 @@ class GradientHook(HookState):
     def held_positions(self) -> list[int]:
         """Positions that this hook has frozen, as its state says, before a first step.
 
-        What was frozen when a model was saved is let go of in a run that begins later.
+        A later run releases the variables that were frozen when the model was saved.
         """
         return []
 

@@ -1,4 +1,4 @@
-"""What is accepted as a hook, as a list of hooks, and as a callback of `fit`."""
+"""Checks of hooks, of lists of hooks, and of the callbacks of `fit`."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class SkipNonFinite(GradientHook):
 
     @property
     def located(self) -> str | None:
-        """Where the last run of skipped steps began, in words.
+        """The beginning of the last run of skipped steps, in words.
 
         `None`: nowhere yet, or it is not looked for. Waits for the device.
         """

@@ -17,7 +17,7 @@ from keras_tapefit.hooks.number import Number
 class LearningRateMultiplier(GradientHook):
     """Multiplies the learning rate of its targets, with any optimizer.
 
-    For fine-tuning, where pretrained layers are to move less than a new head. It works
+    For fine-tuning, where pretrained layers should move less than a new head. It works
     on what the optimizer makes of the weights, so it is exact for Adam-like optimizers too,
     which do not notice when a gradient is scaled; weight decay is multiplied as well.
     Several on one variable multiply.

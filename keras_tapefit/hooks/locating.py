@@ -1,4 +1,4 @@
-"""Where the first value of a step is that is not finite."""
+"""The place of the first value of a step that is not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARTS_OF_BATCH = ("x", "y", "sample_weight")
 
 
 class Place(NamedTuple):
-    """Where values of a step are.
+    """The place of values in a step.
 
     Attributes:
         kind: one of the numbers above, in the order in which a step computes them.

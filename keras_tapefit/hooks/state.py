@@ -1,4 +1,4 @@
-"""What a hook keeps for the variables of a model, and how it is built for them."""
+"""The state that a hook keeps for the variables of a model, and how it is built."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Parts(NamedTuple):
 
 @dataclass
 class Outputs:
-    """What the layers returned in a step, and the gradients that came back there.
+    """The outputs of layers in a step, and the gradients that came back there.
 
     Attributes:
         passes: the `backward.taps.Taps` of each forward pass: one for each part of the
@@ -76,7 +76,7 @@ class Outputs:
 
 @dataclass
 class Step:
-    """What the hooks of one update read and leave behind.
+    """The record of one update that its hooks read and write.
 
     Attributes:
         index: scalar int64, the number of updates the optimizer has made.

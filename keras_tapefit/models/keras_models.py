@@ -1,4 +1,4 @@
-"""What Keras models hide.
+"""Access to the private side of Keras models.
 
 Private names used here: `keras.src.models.functional.Functional`,
 `keras.src.models.cloning._clone_sequential_model` and `_clone_functional_model`,
@@ -60,7 +60,7 @@ def route_functional_calls(ours: type, functional_class: Callable[[type], type])
     Where it gets inputs and outputs, Keras puts its functional class among the bases of
     the model's class and of all classes below it, for the whole process. However such a
     call comes there (by `super()`, through another library's class, by name), a model of
-    ours gets a class of its own instead. Other models are made as before.
+    ours gets its own class instead. Other models are made as before.
 
     Args:
         ours: the class of our models.

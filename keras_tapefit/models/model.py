@@ -55,7 +55,7 @@ class TapeModel(TapeTrainer, keras.Model):
         return super().__new__(cls, *args, **kwargs)
 
     if TYPE_CHECKING:
-        # There is none: bases that stand after this class are to get their arguments.
+        # None here: bases after this class must receive their arguments.
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __reduce__(self) -> Any:
@@ -81,7 +81,7 @@ class TapeModel(TapeTrainer, keras.Model):
         self._follow_attribute(name, None)
 
     def _follow_attribute(self, name: str, value: Any) -> None:
-        """Adopts the bare variables that an attribute holds now, lets go of those it held."""
+        """Adopts the bare variables that an attribute holds now, releases those it held."""
         if type(self) in (Functional, Sequential):
             # Nothing reads their attributes.
             return
@@ -198,7 +198,7 @@ class TapeModel(TapeTrainer, keras.Model):
 
 @keras.saving.register_keras_serializable("keras_tapefit")
 class Functional(TapeModel, KerasFunctional):
-    """What `TapeModel(inputs, outputs)` returns.
+    """The class of `TapeModel(inputs, outputs)`.
 
     It has the name of Keras's own functional class, because the names of classes are in
     automatic model names, variable paths and weight files.
@@ -231,7 +231,7 @@ TapeSequential = Sequential
 
 @keras.saving.register_keras_serializable("keras_tapefit")
 class ConvertedModel:
-    """What a class of somebody else's is saved as, where `TapeModel` was put under it."""
+    """The class that is saved for another library's class with `TapeModel` under it."""
 
     # Of the class that it stands in front of.
     _source_class: Any

@@ -1,4 +1,4 @@
-"""What `BackupAndRestore` finds when `fit` begins, looked at before it does.
+"""The backups of `BackupAndRestore`, checked when `fit` begins.
 
 Private names used here: `BackupAndRestore._weights_path`, `_training_metadata_path`,
 `_prev_weights_path` and `_prev_training_metadata_path`. Checked with Keras 3.15.1;

@@ -24,7 +24,7 @@ from keras_tapefit.update.rollback import Rollback
 
 
 class GradientsByHand:
-    """What a user calls on a model, in a custom step or outside `fit`. A mixin."""
+    """Methods that a user calls on a model, in a custom step or outside `fit`. A mixin."""
 
     optimizer: Any
     built: bool

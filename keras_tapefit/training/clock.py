@@ -1,4 +1,4 @@
-"""Where a training is: freezing by schedule, and the step at which a restored one continues."""
+"""The position in a training: freezing by schedule, and the step at which to continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `train_step` of a user's own, and its logs.
+"""A custom `train_step`, and its logs.
 
 Keras shows the loss as 0 and anything else as the last batch's, unless the step keeps
 metrics itself. Of a step that takes our tape, what it returns becomes means over the
@@ -53,7 +53,7 @@ def _traced_whole(runtime: Runtime, train_step: Any) -> Callable[[Any], Any]:
     """Returns the step as one `tf.function` with all that belongs to it."""
     inner = train_step.python_function
     if train_step._autograph:
-        # TensorFlow binds methods weakly, in a wrapper of its own.
+        # TensorFlow binds methods weakly, in its own wrapper.
         method = getattr(inner, "__wrapped__", None)
         if isinstance(method, types.MethodType):
             inner = functools.partial(tf.autograph.to_graph(method.__func__), runtime.model)

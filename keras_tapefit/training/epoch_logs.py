@@ -1,4 +1,4 @@
-"""What hooks report in an epoch, made when the model has weights."""
+"""The log entries of hooks in an epoch, made when the model has weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Keras trainer hides.
+"""Access to the private side of the Keras trainer.
 
 Private names used here: `Model._loss_tracker`, `_assert_compile_called`, `_initial_epoch`,
 `_call_has_training_arg`, `_make_function` with `one_step_on_data` and

@@ -19,7 +19,7 @@ from keras_tapefit.hooks import locating
 
 @dataclass(frozen=True)
 class Values:
-    """What is known of some values.
+    """A summary of some values.
 
     Attributes:
         finite: whether all are.
@@ -61,7 +61,7 @@ class LayerValues:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What `model.find_non_finite` found; `print` shows it as a table.
+    """The result of `model.find_non_finite`; `print` shows it as a table.
 
     Attributes:
         first: where the first value is that is not finite, in words; `None`: all are.

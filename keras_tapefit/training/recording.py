@@ -1,4 +1,4 @@
-"""Which records of its steps a model is to keep, and where they are."""
+"""The records of steps that a model keeps, and where they are."""
 
 from __future__ import annotations
 

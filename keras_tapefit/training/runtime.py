@@ -1,4 +1,4 @@
-"""What a `TapeModel` has besides what Keras gives it, and how its state is made."""
+"""The private side of a `TapeModel`, and how its state is made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from keras_tapefit.update.making import may_reject
 
 
 class TraceSource(Protocol):
-    """What may give a model the traces of another one; `keras_tapefit.tuning` has one."""
+    """A source of traces of other models; `keras_tapefit.tuning` has one."""
 
     def function(
         self, model: Any, kind: str, key: Any, make: Callable[[], Callable[[Any], Any]]

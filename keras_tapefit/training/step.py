@@ -23,7 +23,7 @@ from keras_tapefit.update.window import Window
 
 
 class Step:
-    """What one step needs to be undone, recorded and logged.
+    """One step: how it is undone, recorded and logged.
 
     Args:
         runtime: the private side of the model.
@@ -169,7 +169,7 @@ class Step:
 
 
 class CustomStep(Step):
-    """The step of a `train_step` of a user's own, or of a loop by hand.
+    """The step of a custom `train_step`, or of a loop by hand.
 
     Args:
         runtime: the private side of the model.
@@ -224,7 +224,7 @@ _open = _Open()
 
 @contextlib.contextmanager
 def custom_step(runtime: Runtime, data: Any) -> Iterator[CustomStep]:
-    """Opens a step for a `train_step` of a user's own, in this thread.
+    """Opens a step for a custom `train_step`, in this thread.
 
     Each replica has one. What the user calls (`gradient_tape`, `apply_gradients`,
     `super().train_step`) finds it by the thread.

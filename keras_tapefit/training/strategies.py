@@ -1,4 +1,4 @@
-"""What Keras's own trainer lacks under a `tf.distribute` strategy.
+"""Additions to Keras's trainer under a `tf.distribute` strategy.
 
 Several steps in one execution crash in Keras under strategies of several replicas, and
 `MultiWorkerMirroredStrategy` cannot run `fit` at all (keras#20585).

@@ -1,4 +1,4 @@
-"""What two models are compared by before one runs what was traced for the other.
+"""The comparison of two models, before one runs a step that was traced for the other.
 
 A model is walked through, attribute by attribute, into a flat list of tokens: shapes,
 dtypes, plain values, functions by their code and what they close over, classes by their

@@ -4,7 +4,7 @@ KerasTuner collects garbage twice before each trial. A collection looks at every
 the process, with TensorFlow loaded at half a million of them, and takes longer than much
 of a small trial. What was there before the search is therefore set aside with `gc.freeze`
 while the search runs. It is put back by the first full collection after it, which then
-looks at everything. Memory that is let go of without a cycle is freed as always.
+looks at everything. Memory without reference cycles is freed as always.
 
 `sys._current_frames` tells whether a search runs, in any thread.
 """

@@ -86,7 +86,7 @@ class TapeHyperModel(keras_tuner.HyperModel):
 
     @property
     def history(self) -> list[str]:
-        """What became of each model that began to be trained."""
+        """The outcome for each model that began to train: traced, reused, or why not."""
         return [] if self._pool is None else list(self._pool.history)
 
     def build(self, hp: Any) -> Any:

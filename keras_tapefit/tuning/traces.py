@@ -103,7 +103,7 @@ class TracePool:
         return _Execution(self, model, kind, make)
 
     def keep(self, trace: Trace) -> None:
-        """Adds a trace, and lets go of the one that is one too many."""
+        """Adds a trace, and drops the oldest of too many."""
         self._traces.append(trace)
         alike = [kept for kept in self._traces if kept.kind == trace.kind]
         if len(alike) > self.num_kinds:
@@ -262,7 +262,7 @@ def _runs(concrete: Any, kept: Any, spec: Any) -> Callable[[Any], Any]:
 
     Args:
         concrete: the traced function.
-        kept: what is to live as long as the function, which captures handles only.
+        kept: objects that must live as long as the function, which captures handles only.
         spec: of the iterator, see `_spec_of`.
     """
     is_fetched, _ = spec

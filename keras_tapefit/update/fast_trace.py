@@ -133,7 +133,7 @@ class _UpdateStep:
     def _call(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._index(variable)
         row = [values[index] for values in self._by_index or ()]
-        # A branch is a graph of its own, and so is its function.
+        # A branch has its own graph, and so does its function.
         kind = (
             id(tf.compat.v1.get_default_graph()),
             id(learning_rate),

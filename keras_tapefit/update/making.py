@@ -24,7 +24,7 @@ from keras_tapefit.update.window import Window
 
 @dataclass
 class Outcome:
-    """What a step left for the logs.
+    """The outcome of a step, for the logs.
 
     Attributes:
         accepted: scalar bool, whether the step was applied; `None`: always.

@@ -1,4 +1,4 @@
-"""What Keras optimizers hide.
+"""Access to the private side of Keras optimizers.
 
 Private names used here: `BaseOptimizer._all_reduce_sum_gradients`,
 `_trainable_variables`, `_model_variables_moving_average`, and

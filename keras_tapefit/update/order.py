@@ -1,4 +1,4 @@
-"""Orders of hooks that cannot be meant, each explained and with the way out."""
+"""Hook orders that make no sense, each with an explanation and a way out."""
 
 from __future__ import annotations
 

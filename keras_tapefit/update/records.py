@@ -233,7 +233,7 @@ class StepRecord:
         self._rate: Any = None
 
     def begin_update(self, optimizer: Any, in_window: bool) -> Watch:
-        """Returns what looks at an update that is to come."""
+        """Returns the watch of the next update."""
         self._rate = optimizers.learning_rate(optimizer)
         if in_window and not self._in_window:
             self._records.open_window()

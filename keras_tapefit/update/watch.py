@@ -20,7 +20,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class RecordRequest:
-    """What to record of each step, besides what every record holds.
+    """A request to record more of each step than every record holds.
 
     Args:
         per_variable: whether the norm of each variable's gradient is.
@@ -47,7 +47,7 @@ class RecordRequest:
 
 
 class Seen(NamedTuple):
-    """What was seen of one update: scalars, and vectors over its variables.
+    """The record of one update: scalars, and vectors over its variables.
 
     Attributes:
         before: the global norm before the hooks.
