@@ -129,7 +129,11 @@ def methods() -> dict[str, dict[str, Any]]:
         "examples": {"backward": clipping(0.1)},
         "examples in chunks": {"backward": clipping(0.1, chunk_size=3), "loss": squares},
         "examples in micro-batches": {"backward": clipping(0.1), "micro_batches": 3},
-        "examples, float16": {"backward": clipping(0.1), "loss": squares, "policy": "mixed_float16"},
+        "examples, float16": {
+            "backward": clipping(0.1),
+            "loss": squares,
+            "policy": "mixed_float16",
+        },
     }
 
 

@@ -108,7 +108,9 @@ def recompiles_in_windows(kind: str) -> Iterator[None]:
     """The same with a new window, whose last steps are left over."""
     model = network(kind, 2)
     while True:
-        compile_again(model, 2, **({"gradient_hooks": [hooks.SkipNonFinite()]} if kind == "tape" else {}))
+        compile_again(
+            model, 2, **({"gradient_hooks": [hooks.SkipNonFinite()]} if kind == "tape" else {})
+        )
         model.fit(X, Y, batch_size=4, verbose=0, shuffle=False)
         yield
 
