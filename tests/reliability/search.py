@@ -22,6 +22,10 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
+def trials(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [trial for name, trial in found.items() if name != "best"]
+
+
 def differences(whole: dict[str, Any], killed: dict[str, Any]) -> list[str]:
     """Returns what of two searches is not the same, scores to the bit."""
     found = [f"trial {name}: only in one" for name in sorted(whole.keys() ^ killed.keys())]
@@ -48,7 +52,7 @@ def run(num_kills: int = 24) -> list[dict[str, Any]]:
                 kills.whole(searching(kind, tuner), a)
                 count = kills.killed(searching(kind, tuner), b, moments)
                 whole, killed = result(a), result(b)
-            statuses = [t["status"] for n, t in killed.items() if n != "best"]
+            statuses = [trial["status"] for trial in trials(killed)]
             row = {
                 "tuner": tuner,
                 "model": NAMES[kind],
