@@ -282,10 +282,14 @@ class Loop:
             optimizer.build([v for name, v in self.variables.items() if self.owner[name] == i])
 
     def change(self, **changes: Any) -> None:
-        """Goes on with other arguments of `Training`; hooks that stay keep their state."""
+        """Goes on with other arguments of `Training`.
+
+        Hooks that stay keep their state. With another optimizer another window begins.
+        """
         self.t = replace(self.t, **changes)
         self.states = {id(hook): self.states.get(id(hook), {}) for hook in self.t.hooks}
         if "optimizers" in changes:
+            self.window = []
             self.make_optimizers()
 
     def epoch(self, epoch: int, batches: Sequence[Batch]) -> None:

@@ -130,13 +130,12 @@ class Sequence:
         """Makes some changes and a training, so many times."""
         try:
             for _ in range(num_rounds):
-                # What a window is begun with it ends with.
-                possible = [self.save, self.save_weights]
+                possible = [self.save, self.save_weights, self.compile_again, self.add, self.add]
+                possible += [self.remove, self.assign] if self.made else []
+                possible += [self.reverse] if len(self.made) > 1 else []
                 if not self.loop.window:
-                    possible += [self.compile_again, self.add, self.add, self.freeze]
-                    possible += [self.unfreeze] if self.frozen else []
-                    possible += [self.remove, self.assign] if self.made else []
-                    possible += [self.reverse] if len(self.made) > 1 else []
+                    # In the middle of a window a part of it would have no gradient.
+                    possible += [self.freeze] + [self.unfreeze] * bool(self.frozen)
                 self.random.choice(possible)()
                 self.random.choice([self.fit, self.fit, self.train_on_batch])()
         except Exception as error:
