@@ -190,10 +190,10 @@ STEPS_AT_ONCE = 500
 # Of each: what is counted, how many times it is done, and how many units one time is.
 SCENARIOS: dict[str, tuple[Callable[[str], Iterator[None]], str, int, int]] = {
     "handles": (handles, "handle", 200, 1),
-    "handles_in_windows": (handles_in_windows, "handle", 60, 1),
+    "handles_in_windows": (handles_in_windows, "handle", 40, 1),
     "recompiles": (recompiles, "recompile", 200, 1),
-    "recompiles_in_windows": (recompiles_in_windows, "recompile", 60, 1),
-    "models": (models, "model", 60, 1),
+    "recompiles_in_windows": (recompiles_in_windows, "recompile", 40, 1),
+    "models": (models, "model", 40, 1),
     "history": (history, "step", 20, STEPS_AT_ONCE),
     "csv": (csv, "step", 20, STEPS_AT_ONCE),
     "trials": (trials, "trial", 50, 1),

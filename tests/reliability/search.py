@@ -36,7 +36,7 @@ def differences(whole: dict[str, Any], killed: dict[str, Any]) -> list[str]:
     return found
 
 
-def run(num_kills: int = 24) -> list[dict[str, Any]]:
+def run(num_kills: int = 18) -> list[dict[str, Any]]:
     """Kills searches of all kinds, and returns one row a kind and tuner."""
     kills.forks = True
     draw = random.Random(0)
