@@ -4,8 +4,8 @@ While taps are open, in this thread, the `call` of a layer hands on an identity 
 returns, whose gradient passes by here. Nothing is changed otherwise: `call` is wrapped on
 the layers of one model only, and only as long as some thread has taps open for them.
 
-Private names used here: `Operation._remat_mode`,
-`tensorflow.python.eager.record.could_possibly_record`, and of
+Private names used here: `Operation._remat_mode`, of `tensorflow.python.eager.record`
+`could_possibly_record`, `stop_recording` and `record_operation`, and of
 `keras.src.backend.common` `symbolic_scope.in_symbolic_scope`, `masking.get_keras_mask` and
 `masking.set_keras_mask`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/backward/test_taps.py` fails when they change.
@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from tensorflow.python.eager.record import could_possibly_record
+from tensorflow.python.eager import record
 
 from keras_tapefit.gradients.layers import NamedLayer
 
@@ -88,7 +88,7 @@ class Opened:
     @contextlib.contextmanager
     def opened(self, layers: Sequence[Any]) -> Iterator[None]:
         """Has calls of these layers, in this context and thread, go through `run`."""
-        self._place, self._recording = _place(), could_possibly_record()
+        self._place, self._recording = _place(), record.could_possibly_record()
         before, _open.taps = _open.taps, [*_open.taps, self]
         try:
             with _wrapped(layers):
@@ -106,7 +106,7 @@ class Opened:
             return "a loop, a branch or a function of its own"
         if _remat.depth:
             return "`RematScope`, which computes it twice"
-        if self._recording and not could_possibly_record():
+        if self._recording and not record.could_possibly_record():
             return "a function with a gradient of its own, such as `keras.remat`"
         return None
 
@@ -221,11 +221,13 @@ class Taps(Opened):
         return keras.tree.map_structure(tapped, outputs)
 
     def _watched(self, tap: Tap, watchers: Sequence[Watcher]) -> tf.Tensor:
-        @tf.custom_gradient
-        def identity(value: tf.Tensor) -> Any:
-            return tf.identity(value), lambda upstream: self._received(tap, watchers, upstream)
-
-        passed_on = identity(tap.value)
+        # Not by `tf.custom_gradient`, which in a graph keeps the graph, and with it hooks and
+        # model, as long as the process lives.
+        with record.stop_recording():
+            passed_on = tf.identity(tap.value)
+        record.record_operation(
+            "Tap", [passed_on], [tap.value], lambda g: [self._received(tap, watchers, g)]
+        )
         mask = get_keras_mask(tap.value)
         if mask is not None:
             set_keras_mask(passed_on, mask)

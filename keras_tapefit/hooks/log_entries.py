@@ -116,8 +116,7 @@ class LogEntries:
     def keep(self, owners: Collection[Any]) -> None:
         """Lets go of the log entries of all other hooks."""
         kept = {*self.names(owners), *self.names(owners, validation=True)}
-        for name in set(self._owners) - kept:
-            del self._owners[name], self._entries[name]
+        self._drop(set(self._owners) - kept)
 
     def values(self) -> tuple[dict[str, str], np.ndarray]:
         """Returns the reduction of each entry, and their sums and counts, `[2, entries]`."""
@@ -139,9 +138,14 @@ class LogEntries:
 
     def reset(self) -> None:
         """Begins a new epoch."""
-        for name in [name for name, owner in self._owners.items() if owner is _RESTORED]:
-            del self._owners[name], self._entries[name]
+        self._drop({name for name, owner in self._owners.items() if owner is _RESTORED})
         self.state.assign(tf.zeros((2, self.capacity)))
+
+    def _drop(self, names: set[str]) -> None:
+        for name in names:
+            del self._owners[name], self._entries[name]
+        self._of_training -= names
+        self._of_validation -= names
 
     def _slot(self, entry: LogEntry) -> int:
         known = self._entries.get(entry.name)

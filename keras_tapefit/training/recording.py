@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from keras_tapefit.update.records import Records, make_counter
 from keras_tapefit.update.watch import RecordRequest
@@ -23,8 +23,8 @@ class Recording:
 
     def __init__(self) -> None:
         self._requests: WeakKeyDictionary[Any, RecordRequest] = WeakKeyDictionary()
-        self._kept: dict[Any, Records] = {}
-        self._structure: Any = None
+        # As long as a trace writes them.
+        self._kept: WeakValueDictionary[Any, Records] = WeakValueDictionary()
         self.records: Records | None = None
         self.counter: Any = None
 
@@ -53,8 +53,8 @@ class Recording:
             who.detach()
 
     def structure(self) -> Any:
-        """Returns what of the records decides the traced graph."""
-        return self._structure
+        """Returns what of the records decides the traced graph, which keeps them by it."""
+        return self.records
 
     def prepare(
         self, variables: Sequence[Any], steps_per_execution: int, entries: tuple[str, ...] = ()
@@ -62,15 +62,16 @@ class Recording:
         """Makes the records that are asked for, in the strategy's scope."""
         requests = list(self._requests.values())
         if not requests:
-            self.records = self._structure = None
+            self.records = None
             return
         request = reduce(RecordRequest.merged, requests)
         key = request, 2 * steps_per_execution, tuple(map(id, variables)), entries
-        if key not in self._kept:
-            if self.counter is None:
-                self.counter = make_counter(0)
-            self._kept[key] = Records(request, variables, self.counter, key[1], entries)
-        self.records, self._structure = self._kept[key], key
+        if self.counter is None:
+            self.counter = make_counter(0)
+        self.records = self._kept.get(key)
+        if self.records is None:
+            self.records = Records(request, variables, self.counter, key[1], entries)
+            self._kept[key] = self.records
 
     def begin(self, num_steps: int) -> None:
         """Counts the steps that were made while nobody asked for records.

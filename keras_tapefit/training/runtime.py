@@ -22,6 +22,7 @@ from keras_tapefit.training.epoch_logs import EpochLogs
 from keras_tapefit.training.recording import Recording
 from keras_tapefit.training.state import State
 from keras_tapefit.training.step_count import StepCount
+from keras_tapefit.training.traces import Traces
 from keras_tapefit.training.windows import Windows
 from keras_tapefit.update import loaded_optimizers, optimizers, replicas, trainable
 from keras_tapefit.update.making import may_reject
@@ -84,7 +85,7 @@ class Runtime:
         self._units: dict[int, Unit] = {}
         self._owners: dict[int, int] = {}
         self._onlooker: Any = None
-        self._functions: dict[Any, Callable[[], Any]] = {}
+        self._functions = Traces()
 
     @property
     def optimizer(self) -> Any:
@@ -273,9 +274,16 @@ class Runtime:
             strategy.run(fn)
             return
         key = (key, self.hooks.structure(), self.recording.structure())
-        if key not in self._functions:
-            self._functions[key] = tf.function(lambda: strategy.run(fn), autograph=False)
-        self._functions[key]()
+
+        def make() -> Any:
+            return tf.function(lambda: strategy.run(fn), autograph=False)
+
+        self._functions.get_or_make(key, make)()
+
+    def forget_optimizers(self) -> None:
+        """Lets go of what belongs to optimizers that the model has no more."""
+        self.windows.forget()
+        self._functions.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +12,10 @@ from keras_tapefit.training import building, custom_steps, files, strategies
 from keras_tapefit.training.clock import Clock
 from keras_tapefit.training.keras_trainer import Fetched
 from keras_tapefit.training.runtime import Runtime
+from keras_tapefit.training.traces import Traces
 from keras_tapefit.update import optimizers
 from keras_tapefit.update.order import order_findings
 from keras_tapefit.update.trainable import Flags
-
-# Of one function: going back to one that was there before costs nothing, and a model that
-# gets a new hook for each `fit` does not keep them all.
-_MAX_TRACES = 16
 
 
 class TracedFunction:
@@ -34,7 +31,7 @@ class TracedFunction:
     def __init__(self, model: Any, runtime: Runtime) -> None:
         self._model = model
         self._runtime = runtime
-        self._traces: OrderedDict[Any, Callable[[Any], Any]] = OrderedDict()
+        self._traces = Traces()
         self._flags: Flags | None = None
 
     def refresh(self) -> None:
@@ -47,18 +44,11 @@ class TracedFunction:
         return self._flags.read()
 
     def _function(self, key: Any) -> Callable[[Any], Any]:
-        if key not in self._traces:
-            source = self._runtime.trace_source
-            made = (
-                self._make()
-                if source is None
-                else source.function(self._model, self.kind, key, self._make)
-            )
-            self._traces[key] = made
-            if len(self._traces) > _MAX_TRACES:
-                self._traces.popitem(last=False)
-        self._traces.move_to_end(key)
-        return self._traces[key]
+        source = self._runtime.trace_source
+        if source is None:
+            return self._traces.get_or_make(key, self._make)
+        lent = functools.partial(source.function, self._model, self.kind, key, self._make)
+        return self._traces.get_or_make(key, lent)
 
     def _make(self) -> Callable[[Any], Any]:
         return strategies.make_function(self._model, self._step)

@@ -160,6 +160,7 @@ class TapeTrainer(GradientsByHand):
             self._next_compile()(*args, **kwargs)
         strategies.check_scope(self, with_model=False)
         runtime = runtime_of(self)
+        runtime.forget_optimizers()
         runtime.micro_batches = micro_batches
         runtime.jit_compile = jit_compile
         if new_hooks is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 
@@ -29,24 +30,36 @@ class Windows:
         self._pending_of = pending_of
         self._scope = scope
         self._windows: dict[int, tuple[Any, Window]] = {}
-        self._steps: dict[int, int] = {}
+        self._steps: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        # The optimizers that the model had as attributes when it was last looked at.
+        self._held: list[Any] = []
 
     def prepare(self) -> None:
         """Makes the windows that are missing, of optimizers that are built."""
-        for _, optimizer in self._optimizers():
+        self.forget()
+        for optimizer in self._held:
             if optimizer.built:
                 self._prepare(optimizer)
+
+    def forget(self) -> None:
+        """Lets go of the windows of optimizers that are no attributes of the model any more.
+
+        What they have accumulated belongs to no update.
+        """
+        before, self._held = self._held, [optimizer for _, optimizer in self._optimizers()]
+        for key in {id(o) for o in before} - {id(o) for o in self._held}:
+            self._windows.pop(key, None)
 
     def _prepare(self, optimizer: Any) -> None:
         steps = window_steps(optimizer)
         known = self._windows.get(id(optimizer), (None, None))[1]
-        before = self._steps.setdefault(id(optimizer), steps)
+        before = self._steps.setdefault(optimizer, steps)
         if before != steps:
             if known is not None and known.leftover_steps():
                 # It takes effect with the next window.
                 return
             change_steps(optimizer, before, steps)
-            self._steps[id(optimizer)] = steps
+            self._steps[optimizer] = steps
             known = None
         if steps == 1:
             self._windows.pop(id(optimizer), None)

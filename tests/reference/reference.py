@@ -17,7 +17,7 @@ What the loop says:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -243,7 +243,7 @@ class Result:
 
 def run(t: Training, start: Arrays) -> Result:
     """Makes a training from the weights that it starts with."""
-    loop = _Loop(t, start)
+    loop = Loop(t, start)
     for epoch, batches in enumerate(t.epochs):
         loop.epoch(epoch, batches)
         if epoch in t.ends and t.ema is not None:
@@ -253,26 +253,44 @@ def run(t: Training, start: Arrays) -> Result:
     return Result(weights, loop.logs, loop.records, updates, loop.by_updates)
 
 
-class _Loop:
+class Loop:
+    """A training that is made epoch by epoch, and may be changed between two of them."""
+
     def __init__(self, t: Training, start: Arrays) -> None:
         self.t = t
         self.variables = {
             name: keras.Variable(w, dtype=t.dtype, name=name.split("/")[-1])
             for name, w in start.items()
         }
-        self.optimizers = [make() for _, make in t.optimizers]
-        self.owner = {
-            name: next(i for i, (prefix, _) in enumerate(t.optimizers) if name.startswith(prefix))
-            for name in start
-        }
-        for i, optimizer in enumerate(self.optimizers):
-            optimizer.build([v for name, v in self.variables.items() if self.owner[name] == i])
+        self.make_optimizers()
         self.averages = {name: v.numpy() for name, v in self.variables.items()}
-        self.state: list[dict[str, Any]] = [{} for _ in t.hooks]
+        self.states: dict[int, dict[str, Any]] = {id(hook): {} for hook in t.hooks}
         self.logs: dict[str, list[float]] = {}
         self.by_updates: dict[str, list[float]] = {}
         self.records: list[dict[str, float]] = []
         self.window: list[Batch] = []
+
+    def make_optimizers(self) -> None:
+        """Makes optimizers that know nothing yet."""
+        made = self.t.optimizers
+        self.optimizers = [make() for _, make in made]
+        self.owner = {
+            name: next(i for i, (prefix, _) in enumerate(made) if name.startswith(prefix))
+            for name in self.variables
+        }
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.build([v for name, v in self.variables.items() if self.owner[name] == i])
+
+    def change(self, **changes: Any) -> None:
+        """Goes on with other arguments of `Training`.
+
+        Hooks that stay keep their state. With another optimizer another window begins.
+        """
+        self.t = replace(self.t, **changes)
+        self.states = {id(hook): self.states.get(id(hook), {}) for hook in self.t.hooks}
+        if "optimizers" in changes:
+            self.window = []
+            self.make_optimizers()
 
     def epoch(self, epoch: int, batches: Sequence[Batch]) -> None:
         """Makes the steps of an epoch, and writes its logs."""
@@ -338,8 +356,8 @@ class _Loop:
         square = 0.0
         for group in (g for g in groups if g):
             self.norms.append(norm(group))
-            for hook, state in zip(self.t.hooks, self.state, strict=True):
-                group = hook(group, state)
+            for hook in self.t.hooks:
+                group = hook(group, self.states[id(hook)])
             square += norm(group) ** 2
             self.apply(group)
         self.records[-1]["after"] = np.sqrt(square)

@@ -1,4 +1,4 @@
-"""One training, to be killed: `python -m tests.reliability.job SCENARIO FOLDER`.
+"""One training, to be killed: `python -m tests.reliability.job FOLDER SCENARIO SAVE_FREQ`.
 
 What it comes to is in `FOLDER/result.npz` at its end. It may be started again after a kill.
 """
@@ -133,7 +133,7 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, keras.optimizers.Optimizer)
 
 
-def train(scenario: str, folder: Path, save_freq: Any) -> None:
+def train(folder: Path, scenario: str, save_freq: Any) -> None:
     """Makes the training, or goes on with it."""
     keras.utils.set_random_seed(7)
     model = SCENARIOS[scenario]()
@@ -156,5 +156,5 @@ def train(scenario: str, folder: Path, save_freq: Any) -> None:
 
 
 if __name__ == "__main__":
-    _, name, where, freq = sys.argv
-    train(name, Path(where), freq if freq == "epoch" else int(freq))
+    _, where, name, freq = sys.argv
+    train(Path(where), name, freq if freq == "epoch" else int(freq))

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments; see `report.py`."""
+"""Trainings, and other work, killed at random moments; see `report.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,33 @@ NUM_STEPS = EPOCHS * NUM_BATCHES
 forks = False
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is killed, and can be started again.
+
+    Args:
+        function: takes the folder that it writes to, and arguments. It writes `begun` there,
+            and at its end a result. Its module can be run with the same, as text.
+        arguments: besides the folder.
+        progress: the file to which it adds lines.
+    """
+
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    progress: str
+
+
+def training(scenario: str, save_freq: Any) -> Work:
+    """A training of `job.SCENARIOS`, with backups."""
+    return Work(job.train, (scenario, save_freq), "steps.csv")
+
+
 class Forked:
     """A child of this process, which has imported everything and run nothing yet."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, function: Callable[..., None], arguments: Sequence[Any]) -> None:
         context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=job.train, args=arguments)
+        self._process = context.Process(target=function, args=tuple(arguments))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -49,40 +72,39 @@ class Forked:
         return self._process.exitcode
 
 
-def start(scenario: str, folder: Path, save_freq: str) -> Any:
+def start(work: Work, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "begun").unlink(missing_ok=True)
     if forks:
-        freq = save_freq if save_freq == "epoch" else int(save_freq)
-        return Forked(scenario, folder, freq)
-    command = [sys.executable, "-m", "tests.reliability.job", scenario, str(folder), save_freq]
+        return Forked(work.function, (folder, *work.arguments))
+    module = work.function.__module__
+    command = [sys.executable, "-m", module, str(folder), *map(str, work.arguments)]
     output = open(folder / "output.txt", "a", encoding="utf-8")
     with output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
 
 
-def whole(scenario: str, folder: Path, save_freq: str) -> None:
-    """Makes a training without a kill."""
-    process = start(scenario, folder, save_freq)
+def whole(work: Work, folder: Path) -> None:
+    """Has the work done without a kill."""
+    process = start(work, folder)
     assert process.wait(SECONDS) == 0, _output(folder)
 
 
-def killed(scenario: str, folder: Path, save_freq: str, moments: list[tuple[int, float]]) -> int:
-    """Kills a training at moments, then lets it end.
+def killed(work: Work, folder: Path, moments: list[tuple[int, float]]) -> int:
+    """Kills the work at moments, then lets it end.
 
     Args:
-        scenario: of `job.SCENARIOS`.
+        work: what is done.
         folder: where it writes.
-        save_freq: of its backups.
-        moments: of each kill, the number of steps that are written, and seconds after that.
+        moments: of each kill, the number of lines of progress, and seconds after that.
 
     Returns:
         The number of kills that met it alive.
     """
     kills = 0
-    for steps, seconds in sorted(moments):
-        process = start(scenario, folder, save_freq)
-        _wait_for(process, folder, steps)
+    for lines, seconds in sorted(moments):
+        process = start(work, folder)
+        _wait_for(process, work, folder, lines)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -92,7 +114,7 @@ def killed(scenario: str, folder: Path, save_freq: str, moments: list[tuple[int,
         else:
             assert process.returncode == 0, _output(folder)
             return kills
-    process = start(scenario, folder, save_freq)
+    process = start(work, folder)
     assert process.wait(SECONDS) == 0, _output(folder)
     return kills
 
@@ -132,13 +154,13 @@ def board(folder: Path) -> dict[tuple[str, int], float]:
     return {k: v for k, v in found.items() if not np.isnan(v)}
 
 
-def _wait_for(process: Any, folder: Path, steps: int) -> None:
-    """Waits until this process trains, and as many steps are written."""
-    end, path = time.monotonic() + SECONDS, folder / "steps.csv"
+def _wait_for(process: Any, work: Work, folder: Path, lines: int) -> None:
+    """Waits until this process works, and as many lines are written."""
+    end, path = time.monotonic() + SECONDS, folder / work.progress
     while process.poll() is None:
         assert time.monotonic() < end, _output(folder)
         begun = (folder / "begun").exists() and path.exists()
-        if begun and len(path.read_bytes().splitlines()) > steps:
+        if begun and len(path.read_bytes().splitlines()) > lines:
             return
         time.sleep(0.01)
     assert process.returncode == 0, _output(folder)
@@ -153,16 +175,17 @@ def run(num_kills: int = 24) -> list[dict]:
     """Kills trainings of all scenarios, and returns one row a scenario and kind of backup."""
     found = []
     draw = random.Random(0)
-    tasks = [(s, ["5", "epoch"][i % 3 == 1]) for i, s in enumerate(SCENARIOS)]
+    tasks = [(s, [5, "epoch"][i % 3 == 1]) for i, s in enumerate(SCENARIOS)]
     global forks
     forks = True
     each = -(-num_kills // len(tasks))
     for scenario, save_freq in tasks:
         with tempfile.TemporaryDirectory() as folder:
             a, b = Path(folder) / "whole", Path(folder) / "killed"
-            whole(scenario, a, save_freq)
+            work = training(scenario, save_freq)
+            whole(work, a)
             moments = [(draw.randrange(NUM_STEPS), draw.uniform(0, 0.1)) for _ in range(each)]
-            kills = killed(scenario, b, save_freq, moments)
+            kills = killed(work, b, moments)
             row = {"training": scenario, "`save_freq`": save_freq, "kills": kills}
             row["what differs"] = differences(a, b)
         print(row, flush=True)

@@ -2,7 +2,7 @@
 
 python -m tests.reliability.report          writes the page from the results there are
 python -m tests.reliability.report PART ...  runs these parts first: files, kills,
-                                             search, memory
+                                             search, leaks
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ def test_files_from_keras_itself(tmp_path):
 @pytest.mark.parametrize("scenario", ["noisy", "sharp"])
 def test_killed_for_real(tmp_path, scenario):
     """A slice of `kills.py`."""
-    kills.whole(scenario, tmp_path / "whole", "4")
-    assert kills.killed(scenario, tmp_path / "killed", "4", [(9, 0.03), (23, 0.07)]) == 2
+    work = kills.training(scenario, 4)
+    kills.whole(work, tmp_path / "whole")
+    assert kills.killed(work, tmp_path / "killed", [(9, 0.03), (23, 0.07)]) == 2
     assert kills.differences(tmp_path / "whole", tmp_path / "killed") == []
