@@ -1,8 +1,7 @@
 """Layers of which nothing else is known, run again on each example.
 
 Private names used here: `Layer._get_call_context`, and of `keras.src.backend.common.masking`
-`get_keras_mask` and `set_keras_mask`, of `tensorflow.python.ops.control_flow_util`
-`GraphOrParentsInXlaContext`. Checked with Keras 3.15.1 and TensorFlow 2.21;
+`get_keras_mask` and `set_keras_mask`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/backward/test_replays.py` fails when they change.
 """
 
@@ -14,7 +13,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_tapefit.backward.weight_gradients import WeightGradient, Whole
 from keras_tapefit.gradients.norms import wide
@@ -152,7 +150,6 @@ def for_each(function: Callable[[Any], Any], elements: Any) -> Any:
         function: of one example.
         elements: a structure of tensors, whose first axis is the batch.
     """
-    in_xla = GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     signature: list[Any] = []
 
     def checked(element: Any) -> Any:
@@ -160,7 +157,7 @@ def for_each(function: Callable[[Any], Any], elements: Any) -> Any:
         before = len(graph.get_operations())
         result = function(element)
         signature[:] = [tf.nest.map_structure(tf.type_spec_from_value, result)]
-        if _fails_vectorised(graph.get_operations()[before:], tf.nest.flatten(element), in_xla):
+        if _fails_vectorised(graph.get_operations()[before:], tf.nest.flatten(element)):
             raise _NotVectorised
         return result
 
@@ -170,12 +167,12 @@ def for_each(function: Callable[[Any], Any], elements: Any) -> Any:
         return tf.map_fn(function, elements, fn_output_signature=signature[0])
 
 
-def _fails_vectorised(operations: list[Any], element: list[Any], in_xla: bool) -> bool:
-    """Whether TensorFlow fails to vectorise some operations.
+def _fails_vectorised(operations: list[Any], element: list[Any]) -> bool:
+    """Whether TensorFlow may fail to vectorise some operations.
 
     A product of what varies and what does not, of rank three, becomes one of rank four, which
-    ends the process in oneDNN. A vectorised loop has lists of lists, which XLA lacks, and
-    whose gradients cannot be 0. Groups of channels are not seen.
+    ends the process in oneDNN; a convolution with groups and a loop raise errors, the latter
+    in XLA only, or where a gradient is 0. Functions, as loops have them, are not looked into.
     """
     varying = {value.name for value in element}
     for operation in operations:
@@ -184,12 +181,10 @@ def _fails_vectorised(operations: list[Any], element: list[Any], in_xla: bool) -
             varying.update(value.name for value in operation.outputs)
         if operation.type.startswith("BatchMatMul") and any(varies) and not all(varies):
             return True
-        if in_xla and operation.type in ("While", "StatelessWhile"):
-            return True
         if operation.type == "Conv2DBackpropFilter":
             axis = 1 if operation.get_attr("data_format") == b"NCHW" else -1
             if operation.inputs[0].shape[axis] != operation.outputs[0].shape[2]:
                 return True
-        if operation.type == "ZerosLike" and operation.inputs[0].dtype == tf.variant:
+        if any(a.HasField("func") or a.list.func for a in operation.node_def.attr.values()):
             return True
     return False

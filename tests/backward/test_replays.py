@@ -129,6 +129,7 @@ class Pooled(layers.Layer):
 
     def __init__(self):
         super().__init__()
+        self.supports_masking = True
         self.pool, self.switch = layers.GlobalAveragePooling1D(), Switch()
 
     def build(self, shape):
@@ -136,6 +137,9 @@ class Pooled(layers.Layer):
 
     def call(self, inputs):
         return self.switch(self.pool(inputs)) * self.w
+
+    def compute_mask(self, inputs, previous_mask):
+        return None
 
 
 class Switch(layers.Layer):
@@ -363,6 +367,7 @@ def stepped(make, data, mode, dtype, **options):
     return method, error / size
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("mode", some(MODES, "graph", "unknown size"))
 @pytest.mark.parametrize("name", some(ALONE, "slopes", "recurrent", "twice", "pooled"))
 def test_a_step_equals_a_loop(name, mode):
@@ -378,6 +383,7 @@ def test_a_step_equals_a_loop(name, mode):
     assert error < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("name", some(ALONE, "convolutions"))
 def test_equals_a_loop_in_float64(name, float64):
     make, data, _ = ALONE[name]
@@ -452,6 +458,7 @@ def test_an_example_that_is_not_finite_counts_as_zero(bad):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_half_precision():
     def computed(policy):
         keras.config.set_dtype_policy(policy)
@@ -526,20 +533,16 @@ def test_what_tensorflow_cannot_vectorise(jit_compile):
 
 def test_private_names():
     from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
     seen = []
 
     class Layer(layers.Layer):
         def call(self, inputs):
-            graph = tf.compat.v1.get_default_graph()
-            seen.append(GraphOrParentsInXlaContext(graph))
             seen.append(self._get_call_context().get_value("training"))
             return inputs
 
-    for jit_compile in (False, True):
-        tf.function(lambda: Layer()(tf.ones([2]), training=True), jit_compile=jit_compile)()
-    assert seen == [False, True, True, True]
+    Layer()(tf.ones([2]), training=True)
+    assert seen == [True]
     value, mask = tf.ones([2]), tf.constant([True, False])
     set_keras_mask(value, mask)
     assert get_keras_mask(value) is mask
