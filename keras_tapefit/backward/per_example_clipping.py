@@ -54,11 +54,13 @@ class PerExampleClipping(GradientMethod):
     Norms come from the inputs of layers and the gradients at their outputs, and the
     clipped sum from the same: one forward and one backward pass on the whole batch, and no
     gradient of a single example in memory. That is known for Dense, EinsumDense (and
-    attention, which is made of it), Conv1D to Conv3D, Embedding and LayerNormalization,
-    with Keras's own losses. For a model with other weights that are trained, or another
-    loss, every example has a gradient of its own, by one more forward pass each; `fell_back`
-    says why, and a log message once. `chunk_size` then bounds the memory, which
-    `micro_batches` cannot, and recurrent layers must be made with `unroll=True`.
+    attention, which is made of it), Conv1D to Conv3D without groups, Embedding and
+    LayerNormalization, with Keras's own losses. Another layer with weights is run once more
+    on each example, alone. Where that would not be the same (it draws random numbers, changes
+    variables or takes more than it is given; its weights are read elsewhere too), and for
+    another loss, that is so of the whole model, which is slow. `fell_back` says which layers
+    or why, and a log message once. Vectorised where TensorFlow can: recurrent layers are
+    faster here with `unroll=True`.
 
     Examples must not influence each other: BatchNormalization that trains, `MixUp`,
     `CutMix` and stateful recurrent layers are refused, and custom layers that do so must be
@@ -78,13 +80,16 @@ class PerExampleClipping(GradientMethod):
         expected_batch_size: `L`, the number of examples expected in the batch of all
             replicas. `None`: the number there are, which tells how many there are.
         chunk_size: the number of examples whose gradients are in memory at a time, where
-            they are computed one by one. `None`: all of the batch.
+            they are computed for the whole model; which they then are as soon as there is
+            one layer that would be run again. Bounds the memory, as `micro_batches` cannot.
+            `None`: all of the batch.
         seed: an integer, which the noise depends on together with the number of updates
             made. `None`: one drawn each time the object is made, and not saved.
 
     Attributes:
-        fell_back: why gradients of examples were computed one by one, a text; `None`: they
-            were not, or there was no step yet.
+        fell_back: of what a gradient was computed for each example, a text: "the layers"
+            and which, or "the whole model" and why; `None`: of nothing, or there was no
+            step yet.
 
     Raises:
         TypeError: when an argument is of the wrong type.
