@@ -368,7 +368,7 @@ def stepped(make, data, mode, dtype, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("mode", some(MODES, "graph", "unknown size"))
+@pytest.mark.parametrize("mode", some(MODES, "graph"))
 @pytest.mark.parametrize("name", some(ALONE, "slopes", "recurrent", "twice", "pooled"))
 def test_a_step_equals_a_loop(name, mode):
     make, data, layer = ALONE[name]
@@ -405,7 +405,7 @@ def test_as_a_whole_where_a_layer_alone_is_not_right(name, mode, caplog):
 
 
 @pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(["recurrent", "convolutions"], "recurrent"))
+@pytest.mark.parametrize("name", some(["slopes", "recurrent", "convolutions"], "slopes"))
 def test_in_chunks_as_a_whole(name, mode):
     make, data, layer = ALONE[name]
     method, error = stepped(make, data, mode, "float32", chunk_size=4)
