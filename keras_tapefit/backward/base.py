@@ -211,6 +211,8 @@ class Objective(Protocol):
     def first_axes(self, batch: Batch, calls: Any, size: int) -> set[int | None]:
         """Returns the sizes of the first axes in the calls of layers, for a batch of a size.
 
+        With `None` in it where that is not known, or other layers are called then.
+
         Args:
             batch: `(x, y, sample_weight)`, of which shapes and types are used.
             calls: the `WeightCalls` of a forward pass.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import keras
@@ -20,7 +20,8 @@ from keras_tapefit.backward.base import (
     Objective,
     register,
 )
-from keras_tapefit.backward.weight_calls import Flat, WeightCalls, check_calls
+from keras_tapefit.backward.replays import for_each, of_replays
+from keras_tapefit.backward.weight_calls import WeightCalls
 from keras_tapefit.backward.weight_gradients import (
     NotUnderstood,
     WeightGradient,
@@ -53,11 +54,13 @@ class PerExampleClipping(GradientMethod):
     Norms come from the inputs of layers and the gradients at their outputs, and the
     clipped sum from the same: one forward and one backward pass on the whole batch, and no
     gradient of a single example in memory. That is known for Dense, EinsumDense (and
-    attention, which is made of it), Conv1D to Conv3D, Embedding and LayerNormalization,
-    with Keras's own losses. For a model with other weights that are trained, or another
-    loss, every example has a gradient of its own, by one more forward pass each; `fell_back`
-    says why, and a log message once. `chunk_size` then bounds the memory, which
-    `micro_batches` cannot, and recurrent layers must be made with `unroll=True`.
+    attention, which is made of it), Conv1D to Conv3D without groups, Embedding and
+    LayerNormalization, with Keras's own losses. Another layer with weights is run once more
+    on each example, alone. Where that would not be the same (it draws random numbers, changes
+    variables or takes more than it is given; its weights are read elsewhere too), and for
+    another loss, that is so of the whole model, which is slow. `fell_back` says which layers
+    or why, and a log message once. Vectorised where TensorFlow can: recurrent layers are
+    faster here with `unroll=True`.
 
     Examples must not influence each other: BatchNormalization that trains, `MixUp`,
     `CutMix` and stateful recurrent layers are refused, and custom layers that do so must be
@@ -77,13 +80,16 @@ class PerExampleClipping(GradientMethod):
         expected_batch_size: `L`, the number of examples expected in the batch of all
             replicas. `None`: the number there are, which tells how many there are.
         chunk_size: the number of examples whose gradients are in memory at a time, where
-            they are computed one by one. `None`: all of the batch.
+            they are computed for the whole model; which they then are as soon as there is
+            one layer that would be run again. Bounds the memory, as `micro_batches` cannot.
+            `None`: all of the batch.
         seed: an integer, which the noise depends on together with the number of updates
             made. `None`: one drawn each time the object is made, and not saved.
 
     Attributes:
-        fell_back: why gradients of examples were computed one by one, a text; `None`: they
-            were not, or there was no step yet.
+        fell_back: of what a gradient was computed for each example, a text: "the layers"
+            and which, or "the whole model" and why; `None`: of nothing, or there was no
+            step yet.
 
     Raises:
         TypeError: when an argument is of the wrong type.
@@ -133,7 +139,7 @@ class PerExampleClipping(GradientMethod):
         # Refuses what has no examples one by one.
         _values(batch)
         state = objective.state()
-        calls = WeightCalls([layer for layer in layers if is_understood(layer)])
+        calls = WeightCalls([layer for layer in layers[1:] if layer.trainable_variables])
         with calls.tape:
             forward, losses, reason = objective.by_example(batch, calls.watching)
         variables = objective.variables()
@@ -145,15 +151,17 @@ class PerExampleClipping(GradientMethod):
         try:
             if losses is None:
                 raise NotUnderstood(reason)
-            check_calls(calls, layers, variables)
+            calls.check(variables)
+            names = [f"{v.name!r} ({type(v).__name__})" for v in calls.replayed]
+            if names and self.chunk_size is not None:
+                raise NotUnderstood(f"in chunks, for nothing is known of {', '.join(names)}")
             if not _keep_examples_first(objective, batch, calls, size):
                 raise NotUnderstood("the first axis of what a layer gets is not the batch")
-            sums, clipped = self._from_calls(objective, calls, layers, losses, factor)
-            self.fell_back = None
+            sums, clipped = self._from_calls(objective, calls, losses, factor)
+            self._say(f"the layers {', '.join(names)}" if names else None)
         except NotUnderstood as error:
-            self._say(str(error))
-            with Flat([v for v in layers if isinstance(v, keras.layers.Dense)]).flattening():
-                sums, clipped = self._clipped_sums(objective, batch, state, size, factor)
+            self._say(f"the whole model: {error}")
+            sums, clipped = self._clipped_sums(objective, batch, state, size, factor)
         sums = self._with_noise(objective, variables, sums, factor)
         values = [
             None if total is None else tf.cast(total, variable.dtype)
@@ -164,20 +172,19 @@ class PerExampleClipping(GradientMethod):
         computed.logged["clipped_examples"] = share, examples
         return computed
 
-    def _say(self, reason: str) -> None:
+    def _say(self, what: str | None) -> None:
         # Once, not at each trace.
-        if reason != self.fell_back:
+        if what not in (None, self.fell_back):
             _logger.warning(
-                "PerExampleClipping takes the gradient of each example apart, which is slow: %s.",
-                reason,
+                "PerExampleClipping computes a gradient for each example, which is slow, of %s.",
+                what,
             )
-        self.fell_back = reason
+        self.fell_back = what
 
     def _from_calls(
         self,
         objective: Objective,
         calls: WeightCalls,
-        layers: list[Any],
         losses: tf.Tensor,
         factor: tf.Tensor,
     ) -> tuple[list[Any], tf.Tensor]:
@@ -187,12 +194,11 @@ class PerExampleClipping(GradientMethod):
         with calls.tape:
             scaled = _times(losses, scale)
             total = tf.reduce_sum(scaled)
-        known = {id(layer): layer for layer in layers}
         wanted = {id(v) for v in variables}
         found: dict[int, WeightGradient] = {
             id(variable): gradient
-            for key, pairs in calls.gradients(total).items()
-            for variable, gradient in of_layer(known[key], pairs)
+            for layer, pairs in calls.gradients(total)
+            for variable, gradient in _of_layer(layer, pairs)
             if id(variable) in wanted
         }
         # The same for all examples.
@@ -263,7 +269,7 @@ class PerExampleClipping(GradientMethod):
 
         def chunk(rows: tf.Tensor, counted: tf.Tensor) -> Any:
             examples = [tf.gather(value, rows) for value in _values(batch)]
-            losses, gradients = tf.vectorized_map(one, (examples, rows), warn=False)
+            losses, gradients = for_each(one, (examples, rows))
             return self._sums(objective, losses, gradients, counted, factor)
 
         if self.chunk_size is None or (isinstance(size, int) and size <= self.chunk_size):
@@ -326,13 +332,19 @@ def _normal(shape: Any, seed: Any, objective: Objective, dtype: Any) -> tf.Tenso
     return tf.cast(draws.normal(shape, (seed, objective.steps())), dtype)
 
 
+def _of_layer(layer: Any, calls: Any) -> Iterator[tuple[Any, WeightGradient]]:
+    if is_understood(layer):
+        return of_layer(layer, [(given, gradient) for given, [gradient] in calls])
+    return of_replays(layer, calls)
+
+
 def _keep_examples_first(objective: Objective, batch: Batch, calls: WeightCalls, size: Any) -> bool:
     """Whether what layers get and return has the examples as its first axis."""
-    sizes = calls.first_axes()
-    if None not in sizes:
-        return sizes <= {size}
-    # In code of the user's own the batch may be folded: tried with one of a size of its own.
-    return sizes == {None} and objective.first_axes(batch, calls, 7) <= {7}
+    size = size if isinstance(size, int) else None
+    # In code of the user's own the batch may be folded, or be another axis that happens to be
+    # as large: tried with one of another size.
+    other = 11 if size == 7 else 7
+    return calls.first_axes() <= {size} and objective.first_axes(batch, calls, other) <= {other}
 
 
 def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:
@@ -414,10 +426,4 @@ def _refuse(layers: list[Any]) -> None:
                 f"and the layer {layer.name!r} ({type(layer).__name__}) mixes them. Use "
                 "LayerNormalization or GroupNormalization in place of "
                 "BatchNormalization, or freeze the layer."
-            )
-        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
-            raise ValueError(
-                "TensorFlow cannot vectorise the gradient of a loop over time steps, as "
-                f"the layer {layer.name!r} ({type(layer).__name__}) has it. Make it with "
-                "`unroll=True`."
             )

@@ -325,8 +325,6 @@ def _labels(equation: str, rank: int) -> tuple[str, str, str]:
 
 
 def _conv(layer: Any, calls: Calls) -> Iterator[tuple[Any, WeightGradient]]:
-    if layer.data_format != "channels_last" or layer.groups != 1:
-        raise NotUnderstood(f"the layer {layer.name!r}, with groups or channels in front")
     pieces: list[list[tf.Tensor]] = []
     for x, g in calls:
         gradients = _places(g)
@@ -379,8 +377,8 @@ def _layer_normalization(layer: Any, calls: Calls) -> Iterator[tuple[Any, Weight
     axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
     rank = calls[0][0].shape.rank
     axes = sorted(a % rank for a in axes)
-    if layer.rms_scaling or axes != list(range(rank - len(axes), rank)):
-        raise NotUnderstood(f"the layer {layer.name!r}, with this `axis` or `rms_scaling`")
+    if axes != list(range(rank - len(axes), rank)):
+        raise NotUnderstood(f"the layer {layer.name!r}, with this `axis`")
     scaled = []
     for x, g in calls:
         values = wide(x)
@@ -412,7 +410,13 @@ def is_understood(layer: Any) -> bool:
     # A subclass may compute something else.
     if type(layer) not in _RULES or not layer.built:
         return False
-    changed = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)
+    changed = (
+        getattr(layer, "lora_enabled", False)
+        or getattr(layer, "quantization_mode", None)
+        or getattr(layer, "rms_scaling", False)
+        or getattr(layer, "groups", 1) != 1
+        or getattr(layer, "data_format", "channels_last") != "channels_last"
+    )
     activation = getattr(layer, "activation", None)
     return not changed and not isinstance(activation, keras.layers.Layer)
 

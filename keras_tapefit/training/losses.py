@@ -192,6 +192,8 @@ def of_examples(model: Any, heard: list[Any]) -> tuple[tf.Tensor | None, str | N
         loss = getattr(item.loss, "loss", item.loss)
         if not _is_by_example(loss) or reduced is None or not reduced.values.shape.rank:
             return None, f"the loss {getattr(loss, 'name', loss)!r} may mix examples"
+        if any(_is_wider(v, reduced.values) for v in (reduced.mask, reduced.sample_weight)):
+            return None, "a mask, or weights, have more axes than the loss, which Keras mixes"
         each = tf.cast(_each(reduced, loss.reduction), compiled.dtype)
         found.append(each if item.loss_weights is None else each * item.loss_weights)
     return sum_of(found), None
@@ -203,6 +205,14 @@ def _is_by_example(loss: Any) -> bool:
     name = getattr(what, "__name__", "").lower()
     of_keras = getattr(what, "__module__", "").startswith("keras.src.losses")
     return of_keras and name not in ("circle", "dice", "tversky")
+
+
+def _is_wider(value: Any, losses: tf.Tensor) -> bool:
+    """Whether a mask has an axis that losses have not; by one of size 1 nothing is mixed."""
+    if value is None:
+        return False
+    shape = tf.convert_to_tensor(value).shape
+    return shape.rank > losses.shape.rank and shape[-1] != 1
 
 
 def _each(reduced: _Reduced, reduction: Any) -> tf.Tensor:

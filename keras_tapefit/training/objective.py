@@ -68,7 +68,7 @@ class ModelObjective:
         def run(*values: Any) -> None:
             left = iter(values)
             x = keras.tree.map_structure(lambda v: None if v is None else next(left), batch[0])
-            with trial.watching():
+            with trial.tape, trial.watching():
                 keras_trainer.forward(self._model, x, self._training)
 
         specs = [tf.TensorSpec([size, *v.shape[1:]], v.dtype) for v in flat]
@@ -77,7 +77,7 @@ class ModelObjective:
         except Exception:
             # What cannot be tried is not known.
             return {None}
-        return trial.first_axes()
+        return trial.first_axes() if trial.is_like(calls) else {None}
 
     def regularization(self) -> list[Any]:
         regularized = {id(v) for v in self._regularized()}
@@ -255,6 +255,13 @@ class ModelObjective:
             stateless = keras.StatelessScope(mapping, collect_losses=True)
             with _TapeOf(sources, persistent=like is not None) as tape, stateless:
                 scaled = self._scaled_again(batch, like)
+                for variable, value in mapping[len(begin) :]:
+                    if stateless.get_current_value(variable) is not value:
+                        raise ValueError(
+                            f"The weight {variable.path!r} is assigned in the forward pass, as "
+                            "SpectralNormalization does, so that the pass cannot be repeated: "
+                            "`backward.Backpropagation()` alone can be used."
+                        )
             found = [tape.gradient(loss, sources) for loss in scaled]
             return sum_of(scaled), found
 

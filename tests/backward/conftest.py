@@ -1,5 +1,6 @@
-"""The modes of `fit`."""
+"""The modes of `fit`, and layers in float64."""
 
+import keras
 import pytest
 from training import MODES
 
@@ -12,3 +13,13 @@ EVERYDAY = ("graph",)
 )
 def mode(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def float64():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(before)

@@ -11,16 +11,6 @@ from keras_tapefit import TapeModel, TapeSequential, backward, callbacks
 SIZE = 6
 
 
-@pytest.fixture
-def float64():
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
-
-
 def mlp():
     return TapeSequential(
         [
@@ -350,20 +340,11 @@ def test_unfrozen_after_it_was_built():
     assert method.fell_back is not None
 
 
-class Own(layers.Dense):
-    def call(self, inputs, training=None):
-        return 2.0 * super().call(inputs)
-
-
 def fallen(name):
-    if name == "custom layer":
-        return TapeSequential([keras.Input((5,)), Own(4), layers.Dense(3)]), "Own"
     if name == "elsewhere":
-        return Elsewhere(), "done with the weight"
+        return Elsewhere(), "outside of the one that holds it"
     if name == "tied":
-        return Tied(), "done with the weight"
-    if name == "slopes":
-        return TapeSequential([keras.Input((5,)), layers.PReLU(), layers.Dense(3)]), "PReLU"
+        return Tied(), "is read in several layers"
     if name == "activity":
         stack = [keras.Input((5,)), layers.Dense(4, activity_regularizer="l2"), layers.Dense(3)]
         return TapeSequential(stack), "a loss that a layer adds"
@@ -374,7 +355,7 @@ def fallen(name):
 
 @pytest.mark.parametrize(
     "name",
-    some(["custom layer", "elsewhere", "tied", "slopes", "activity", "loss"], "custom layer"),
+    some(["elsewhere", "tied", "activity", "loss"], "elsewhere"),
 )
 def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     keras.utils.set_random_seed(0)
@@ -393,19 +374,6 @@ def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
         gradient = found[variable]
         gradient = np.zeros(variable.shape) if gradient is None else np.asarray(gradient)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_the_slow_way_of_a_block_does_not_end_the_process():
-    """Of rank three by two, vectorised over batches of one: 16, 1, 64, 128 by 128, 256."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((64, 128))
-    hidden = layers.Dense(256, "relu")(inputs)
-    model = TapeModel(inputs, Own(1)(layers.GlobalAveragePooling1D()(hidden)))
-    method = backward.PerExampleClipping(1.0)
-    model.compile("sgd", "mse", backward=method)
-    x = np.random.default_rng(0).normal(size=(16, 64, 128)).astype("float32")
-    model.train_on_batch(x, np.ones((16, 1)))
-    assert method.fell_back is not None
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-25])

@@ -292,13 +292,6 @@ def test_layers_that_mix_examples_are_refused(layer, name):
         model.fit(np.zeros((BATCH, 3, 2), "float32"), Y[:BATCH], verbose=0)
 
 
-def test_loops_over_time_are_refused():
-    model = TapeSequential([keras.Input((3, 1)), layers.LSTM(2)])
-    model.compile("sgd", "mse", backward=backward.PerExampleClipping(1.0))
-    with pytest.raises(ValueError, match=r"\(LSTM\) has it. Make it with `unroll=True`"):
-        model.compute_gradients(X[..., None], Y)
-
-
 def test_frozen_batch_normalization_is_no_mixing():
     norm = layers.BatchNormalization()
     model = TapeSequential([keras.Input((3,)), norm, layers.Dense(2)])

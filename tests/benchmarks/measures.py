@@ -256,6 +256,26 @@ def by_example(rounds: int) -> Lines:
             yield line(workload.name, side, goal, found[side])
 
 
+def without_rule(rounds: int) -> Lines:
+    """Steps with `PerExampleClipping` where some layers have no rule, against a plain step of
+    `TapeModel`: with these layers alone run again on each example, and with the whole model,
+    which a `chunk_size` as large as the batch asks for."""
+    yield "workload", "run again", "CPU", "wall", "goal", "CPU ms", "plain"
+    for workload, number in ((workloads.slopes(), 10), (workloads.recurrent(), 3)):
+        given: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "layers": {"backward": backward.PerExampleClipping(1.0)},
+            "whole model": {
+                "backward": backward.PerExampleClipping(1.0, chunk_size=len(workload.x))
+            },
+        }
+        models = {k: compiled(workload, TapeModel, "adam", **v) for k, v in given.items()}
+        found = timing.in_turns(runs_of(workload, models, number), rounds, number)
+        for side in list(found)[1:]:
+            assert f"the {side}" in str(given[side]["backward"].fell_back)
+            yield line(workload.name, side, "", found[side])
+
+
 def one_by_one(workload: Any, number: int) -> Callable[[], None]:
     """Returns the plain way to clip the gradient of each example."""
     model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
@@ -444,6 +464,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Lines]]] = {
     "methods": ("Ways to get gradients", methods),
     "parts": ("Micro-batches", parts),
     "by-example": ("Example by example, and inside the backward pass", by_example),
+    "without-rule": ("Layers without a rule, example by example", without_rule),
     "growth": ("Growth with the number of variables", growth),
     "scale": ("Growth with the number of parameters", scale),
     "memory": ("Memory of micro-batches", memory),

@@ -66,6 +66,29 @@ def mlp() -> Workload:
     return Workload("MLP", outputs, _normal(64, 512), _labels(64))
 
 
+def recurrent() -> Workload:
+    """A GRU of 64 over 16 steps of 128 numbers, between dense layers of 512."""
+
+    def outputs(x: Any) -> Any:
+        x = keras.layers.Dense(512, "relu")(x)
+        x = keras.layers.GRU(64)(x)
+        x = keras.layers.Dense(512, "relu")(x)
+        return keras.layers.Dense(10)(keras.layers.Dense(512, "relu")(x))
+
+    return Workload("GRU classifier", outputs, _normal(32, 16, 128), _labels(32))
+
+
+def slopes() -> Workload:
+    """Three layers of 512, each with a PReLU, 64 examples."""
+
+    def outputs(x: Any) -> Any:
+        for _ in range(3):
+            x = keras.layers.PReLU()(keras.layers.Dense(512)(x))
+        return keras.layers.Dense(10)(x)
+
+    return Workload("MLP with PReLU", outputs, _normal(64, 512), _labels(64))
+
+
 def conv_classifier() -> Workload:
     """MNIST-sized, 2.8 M weights."""
 

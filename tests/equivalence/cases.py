@@ -205,6 +205,9 @@ def _warmed_up() -> dict[str, Any]:
 HOOKS = {
     "LambdaHook": Case(lambda: [grow]),
     "GlobalNormClipping": Case(lambda: [grow, hooks.GlobalNormClipping(0.5)]),
+    "GlobalNormClipping that logs": Case(
+        lambda: [grow, hooks.GlobalNormClipping(0.5, log_clipped=True)]
+    ),
     "NormClipping": Case(lambda: [hooks.NormClipping(0.2)]),
     "NormClipping per layer": Case(lambda: [hooks.NormClipping(0.3, per_layer=True)]),
     "ValueClipping": Case(lambda: [hooks.ValueClipping(0.05)]),
@@ -226,6 +229,7 @@ HOOKS = {
     "Freezing": Case(lambda: [hooks.Freezing("hidden/*", epochs=1), grow]),
     "GradualUnfreezing": Case(lambda: [hooks.GradualUnfreezing(["end/*", "*"]), grow]),
     "GradientMonitor": Case(lambda: [hooks.GradientMonitor(per_variable=True), grow]),
+    "GradientMonitor per layer": Case(lambda: [hooks.GradientMonitor(per_layer=True), grow]),
     "UpdateMonitor": Case(lambda: [hooks.UpdateMonitor(per_variable=True)]),
     "During": Case(lambda: [hooks.During(hooks.GradientNoise(0.1, seed=3), steps=(2, 9), every=2)]),
     "OutputGradient": Case(
