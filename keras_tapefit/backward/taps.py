@@ -4,8 +4,9 @@ While taps are open, in this thread, the `call` of a layer hands on an identity 
 returns, whose gradient passes by here. Nothing is changed otherwise: `call` is wrapped on
 the layers of one model only, and only as long as some thread has taps open for them.
 
-Private names used here: `Operation._remat_mode`, of `tensorflow.python.eager.record`
-`could_possibly_record`, `stop_recording` and `record_operation`, and of
+Private names used here: `Operation._remat_mode`, which only layers have before Keras 3.15,
+of `tensorflow.python.eager.record` `could_possibly_record`, `stop_recording` and
+`record_operation`, and of
 `keras.src.backend.common` `symbolic_scope.in_symbolic_scope`, `masking.get_keras_mask` and
 `masking.set_keras_mask`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/backward/test_taps.py` fails when they change.
@@ -345,7 +346,7 @@ def _looking(layer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         # Layers inside of one that is computed again are too.
-        again = layer._remat_mode is not None
+        again = getattr(layer, "_remat_mode", None) is not None
         _remat.depth += again
         run = original
         for each in _open.taps:

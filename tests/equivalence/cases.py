@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 
@@ -251,10 +252,10 @@ HOOKS = {
 
 
 def _multi_optimizer() -> Any:
-    from keras.src.optimizers.multi_optimizer import OptimizerMap
-
-    return keras.optimizers.MultiOptimizer(
-        OptimizerMap(keras.optimizers.SGD(0.05, momentum=0.9), {"end.*": keras.optimizers.Adam()})
+    module = pytest.importorskip("keras.src.optimizers.multi_optimizer")
+    by_pattern = {"end.*": keras.optimizers.Adam()}
+    return module.MultiOptimizer(
+        module.OptimizerMap(keras.optimizers.SGD(0.05, momentum=0.9), by_pattern)
     )
 
 

@@ -280,13 +280,9 @@ def test_a_saved_model_goes_on_by_windows(tmp_path):
 
 
 def test_optimizers_that_disagree_are_refused():
-    from keras.src.optimizers.multi_optimizer import OptimizerMap
-
-    optimizer = keras.optimizers.MultiOptimizer(
-        OptimizerMap(
-            keras.optimizers.SGD(gradient_accumulation_steps=2),
-            {"end.*": keras.optimizers.Adam(gradient_accumulation_steps=3)},
-        )
+    optimizer = support.optimizers_by_pattern(
+        keras.optimizers.SGD(gradient_accumulation_steps=2),
+        {"end.*": keras.optimizers.Adam(gradient_accumulation_steps=3)},
     )
     model = support.dense()
     model.compile(optimizer, "mse")
