@@ -318,7 +318,7 @@ AS_A_WHOLE = {
     "tied": (lambda: tied(Output), lambda: tokens(6), "is read in several layers"),
     "hidden": (lambda: tied(Hidden), lambda: tokens(6), "depends on more than what it is given"),
     "bare": (Bare, lambda: tokens(6), "outside of the one that holds it"),
-    "noted": (Noted, lambda: floats(5), "what it is given|the first axis"),
+    "noted": (Noted, lambda: floats(5), "what it is given|something else"),
     "time first": (TimeFirst, lambda: floats(SIZE, 4), "the first axis"),
     "counted": (counted, lambda: floats(64, 8), "changes variables"),
     "dropout": (lambda: recurrent(1e-9), lambda: tokens(6), "draws random numbers"),
