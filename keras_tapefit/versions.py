@@ -7,7 +7,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-# The oldest version that passes the tests, and the newest that was tried.
+# The oldest version and the newest that the tests were run with.
 TRIED = {"keras": ((3, 14), (3, 15)), "tensorflow": ((2, 20), (2, 21))}
 # As the packages say it: the distribution may have another name, such as tensorflow-cpu.
 INSTALLED = {"keras": keras.__version__, "tensorflow": tf.__version__}
@@ -17,7 +17,7 @@ def check(installed: dict[str, str]) -> None:
     """Compares versions with those that were tried.
 
     Raises:
-        ImportError: when one is older than any that passes the tests: state would be lost
+        ImportError: when one is older than any that was tried: weights and state would be wrong
             without a word.
     """
     for name, text in installed.items():
