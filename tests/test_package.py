@@ -198,6 +198,7 @@ def test_two_builds_are_the_same_and_work_elsewhere(tmp_path):
     assert f"{target}/keras_tapefit" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_import_brings_nothing_that_is_not_used():
     """And finds no other package missing: none of the extras is imported."""
     heavy = ["keras_tuner", "matplotlib", "tensorboard", "pandas", "keras_tapefit.tuning"]
@@ -209,6 +210,7 @@ def test_an_import_brings_nothing_that_is_not_used():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_another_backend_is_refused():
     # Said, not set: Keras needs packages that are not here to run on another one.
     code = "import keras; keras.backend.backend = lambda: 'numpy'; import keras_tapefit"

@@ -1,5 +1,7 @@
 """Every hook, in every mode, with every optimizer: against a plain graph."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -8,22 +10,20 @@ from keras_tapefit import backward, hooks
 from . import cases
 
 EVERYDAY = ("embedding", "SGD")
-OF_TABLE = [pytest.mark.slow, pytest.mark.long]
+EVERYDAY_MODES = [mode for mode in cases.MODES if mode.everyday]
+
+
+def _marks(hook, mode, model, optimizer):
+    """Each hook has one mode every day, the others of these with the slow tests."""
+    if not mode.everyday or (model, optimizer) != EVERYDAY:
+        return [pytest.mark.slow, pytest.mark.long]
+    place = list(cases.HOOKS).index(hook) % len(EVERYDAY_MODES)
+    return [] if EVERYDAY_MODES[place] is mode else [pytest.mark.slow]
+
+
 CELLS = [
-    pytest.param(
-        hook,
-        mode,
-        model,
-        optimizer,
-        marks=[]
-        if mode.everyday and (model, optimizer) == EVERYDAY
-        else [pytest.mark.slow, pytest.mark.long],
-        id=f"{hook}-{mode.name}-{model}-{optimizer}",
-    )
-    for hook in cases.HOOKS
-    for mode in cases.MODES
-    for model in cases.MODELS
-    for optimizer in cases.OPTIMIZERS
+    pytest.param(*cell, marks=_marks(*cell), id="{}-{.name}-{}-{}".format(*cell))
+    for cell in itertools.product(cases.HOOKS, cases.MODES, cases.MODELS, cases.OPTIMIZERS)
 ]
 
 

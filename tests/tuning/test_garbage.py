@@ -87,6 +87,7 @@ def test_a_search_that_fails_puts_it_back(nothing_set_aside, search, light, data
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", [True, False])
 def test_outside_a_search_nothing_is_set_aside(reuse, nothing_set_aside, search, light, data):
     tuner = search(tuning.TapeHyperModel(light, reuse=reuse), max_trials=1)
@@ -94,11 +95,13 @@ def test_outside_a_search_nothing_is_set_aside(reuse, nothing_set_aside, search,
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_without_reuse_nothing_is_set_aside(nothing_set_aside, search, light, data):
     run(search, light, data, reuse=False)
     assert Collects.counts == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_others_set_aside_stays_theirs(nothing_set_aside, search, light, data):
     gc.freeze()
     count = gc.get_freeze_count()
