@@ -225,8 +225,14 @@ def shortened(
     """
     if not values:
         return []
-    roots = [root_of_factor(*pair) for pair in zip(lengths, bounds, strict=True)]
-    is_joint = all(length is lengths[0] for length in lengths)
+    places = [(id(length), id(bound)) for length, bound in zip(lengths, bounds, strict=True)]
+    pairs = dict(zip(places, zip(lengths, bounds, strict=True), strict=True))
+    is_joint = len(pairs) == 1
+    distinct = {place: root_of_factor(*pair) for place, pair in pairs.items()}
+    roots = [distinct[place] for place in places]
+
+    if _are_few(values):
+        return _shortened_without_branch(values, roots)
 
     def scaled(times: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> list[tf.Tensor]:
         products = [tf.cast(times(wide(v), r), v.dtype) for v, r in zip(values, roots, strict=True)]
@@ -237,11 +243,30 @@ def shortened(
         return [tf.where(root < 1.0, product, value) for root, product, value in rows]
 
     def some() -> list[tf.Tensor]:
-        is_plain = tf.reduce_all(tf.stack(roots) > 1e-15)
+        is_plain = tf.reduce_all(tf.stack(list(distinct.values())) > 1e-15)
         return tf.cond(is_plain, lambda: scaled(_times_square), lambda: scaled(times_twice))
 
-    exceeds = tf.reduce_any(tf.stack(roots) < 1.0)
+    exceeds = tf.reduce_any(tf.stack(list(distinct.values())) < 1.0)
     return tf.cond(exceeds, some, lambda: [tf.identity(v) for v in values])
+
+
+def _shortened_without_branch(
+    values: Sequence[tf.Tensor], roots: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Does what `shortened` does, where its branches cost more than the values do."""
+    factors: dict[int, tuple[tf.Tensor, tf.Tensor, tf.Tensor]] = {}
+    for root in roots:
+        if id(root) not in factors:
+            is_plain = root > 1e-15
+            divisor = tf.where(is_plain, tf.ones_like(root), 1.0 / root)
+            factors[id(root)] = root < 1.0, divisor, tf.where(is_plain, root * root, root)
+    found = []
+    for value, root in zip(values, roots, strict=True):
+        exceeds, divisor, factor = factors[id(root)]
+        product = wide(value)
+        product = product / tf.cast(divisor, product.dtype) * tf.cast(factor, product.dtype)
+        found.append(tf.where(exceeds, tf.cast(product, value.dtype), value))
+    return found
 
 
 def root_of_factor(length: Length, bound: Any) -> tf.Tensor:

@@ -275,6 +275,8 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
     made = [m for m in (model._compile_metrics, model._compile_loss) if m is not None]
     try:
         _, y, _ = keras.utils.unpack_x_y_sample_weight(spec)
+        if y is None:
+            return
         y = keras.tree.map_structure(symbolic, y)
         for each in made:
             if not each.built:
