@@ -126,6 +126,7 @@ def room(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLIC if examples_of(PUBLIC[name])])
 def test_examples_of_docstrings_run(name, room, tmp_path):
     for number, code in enumerate(examples_of(PUBLIC[name])):

@@ -138,6 +138,7 @@ def _model(*gradient_hooks):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOOKS)
 def test_saved_in_the_middle_of_training(tmp_path, name):
     """Saved, loaded and trained on, against trained on: bit for bit, logs included."""

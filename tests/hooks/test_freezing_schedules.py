@@ -116,6 +116,7 @@ def test_targets_narrow_the_stages():
     np.testing.assert_array_equal(model.get_layer("b").kernel.numpy(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [1, 2, 3])
 @pytest.mark.parametrize("way", ["model", "weights"])
 def test_resume_in_any_phase(tmp_path, phase, way):

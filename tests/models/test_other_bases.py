@@ -190,6 +190,7 @@ def _trained(base, form, order, **options):
     return model, history, cls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("form", FORMS)
 def test_as_with_a_keras_model(form, order):
@@ -359,6 +360,7 @@ REDUCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_reduction_for_all_keras_models(name, copied, monkeypatch):

@@ -135,6 +135,7 @@ def test_a_broken_backup_with_one_before(tmp_path, through):
     same(state, through[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", ["", '{"epoch": 1, "batch": 0}', None, "[]"])
 def test_killed_between_the_two_files_of_a_backup(tmp_path, through, metadata):
     """What the second file does not say, or says too late, the first one knows."""
@@ -147,6 +148,7 @@ def test_killed_between_the_two_files_of_a_backup(tmp_path, through, metadata):
     same(run("accumulated", tmp_path, "epoch")[0], through[0])
 
 
+@pytest.mark.slow
 def test_weights_that_are_lost(tmp_path):
     run("accumulated", tmp_path, "epoch", 25)
     (tmp_path / "backup" / "latest.weights.h5").unlink()

@@ -55,6 +55,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("steps", [None, 2])
 def test_hooks_traces_and_optimizers_go_when_the_model_is_compiled_again(kind, steps):

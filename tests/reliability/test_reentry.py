@@ -91,6 +91,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", INSIDE)
 def test_inside_a_callback(alone, call):
     model = make(1)

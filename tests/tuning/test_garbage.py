@@ -57,6 +57,7 @@ def test_what_was_there_before_is_set_aside(nothing_set_aside, search, light, da
     assert garbage_from_before() is None
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(nothing_set_aside, search, light, data):
     kept = Cycle()
     reference = weakref.ref(kept)
@@ -74,6 +75,7 @@ def test_nothing_is_lost(nothing_set_aside, search, light, data):
     assert reference() is None
 
 
+@pytest.mark.slow
 def test_a_search_that_fails_puts_it_back(nothing_set_aside, search, light, data):
     class Interrupts(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
