@@ -302,6 +302,9 @@ def test_private_names_mean_what_they_did(light, data):
     look()
     of_classes = fingerprint._PASSED_OVER[type]
     passed_over = set().union(*fingerprint._PASSED_OVER.values()) - of_classes
+    if keras.__version__ < "3.15":
+        # Not there yet.
+        passed_over.discard("_compiled_trainable_state")
     assert passed_over <= there, passed_over - there
     concrete = tf.function(lambda: model.trainable_variables[0].value).get_concrete_function()
     assert concrete.captured_inputs and concrete.graph._function_captures.by_val_external
