@@ -71,7 +71,7 @@ FINDINGS = {
     ),
     "own clip": (
         lambda: _find(hooks.GlobalNormClipping(1.0), optimizer=keras.optimizers.SGD(clipnorm=2.0)),
-        "optimizer '(?i:sgd).*' has `clipnorm=2.0` and clips what GlobalNormClipping .* Remove it from",
+        "optimizer '(?i:sgd).*' has `clipnorm=2.0` and clips what GlobalNormClipping .* Remove it",
     ),
     "own clip of noise": (
         lambda: _find(hooks.GradientNoise(1.0), optimizer=keras.optimizers.Adam(clipvalue=2.0)),
