@@ -83,3 +83,27 @@ def _check_takes_two(fn: Callable[..., Any]) -> None:
             f"Received: {fn!r}, which takes {signature}. Write "
             "`lambda gradient, variable: ...`."
         )
+
+
+def as_hook(value: Any) -> GradientHook:
+    """Returns a hook as it is, a function as a `LambdaHook`, a saved one with its name."""
+    if isinstance(value, GradientHook):
+        return value
+    if isinstance(value, dict) and value.keys() == {"name", "hook"}:
+        hook = as_hook(value["hook"])
+        hook._saved_name = value["name"]
+        return hook
+    hint = ""
+    if isinstance(value, keras.callbacks.Callback):
+        hint = " This is a Keras callback: pass it to `fit(callbacks=[...])`."
+    elif hasattr(value, "compute"):
+        hint = " This is a gradient method: pass it to `compile(backward=...)`."
+    elif isinstance(value, type):
+        hint = f" Did you mean `{value.__name__}(...)`?"
+    elif callable(value):
+        return LambdaHook(value)
+    raise TypeError(
+        "A gradient hook must be a `GradientHook` or a function of "
+        f"`(gradient, variable)`.{hint} Received: {value!r} (of type "
+        f"{type(value).__name__})."
+    )

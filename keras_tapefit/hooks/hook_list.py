@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients, Targets, matching, variable_path
 from keras_tapefit.gradients.targets import check_targets
 from keras_tapefit.hooks.base import GradientHook
-from keras_tapefit.hooks.checks import as_hook, check_hooks
+from keras_tapefit.hooks.function import as_hook
 from keras_tapefit.hooks.outputs import OutputHook
 from keras_tapefit.hooks.step import Outputs, Step, current_step, running
 
@@ -400,6 +400,19 @@ class HookHandle:
 
     def __exit__(self, *exception: Any) -> None:
         self.remove()
+
+
+def check_hooks(value: Any) -> list[GradientHook]:
+    """Returns a list of hooks, made of a list of hooks and functions."""
+    if not isinstance(value, list | tuple | HookList):
+        hint = ""
+        if isinstance(value, GradientHook) or callable(value):
+            hint = "Put it in brackets: `gradient_hooks=[hook]`. "
+        raise TypeError(
+            f"`gradient_hooks` must be a list of gradient hooks. {hint}"
+            f"Received: {value!r} (of type {type(value).__name__})."
+        )
+    return [as_hook(hook) for hook in value]
 
 
 def _check_is_free(hook: GradientHook) -> None:

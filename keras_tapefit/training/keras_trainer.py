@@ -261,9 +261,12 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
         data_batch: a batch, if `iterator` is `None`.
     """
+    both = [m for m in (model._compile_metrics, model._compile_loss) if m is not None]
+    missing = [m for m in both if not m.built]
     spec = _spec_of(epoch_iterator, data_batch)
     outputs = getattr(model, "outputs", None)
-    if spec is None or not outputs or model.optimizer is None:
+    # Asked before each call of `train_on_batch` too.
+    if not missing or spec is None or not outputs or model.optimizer is None:
         return
     # A Sequential does not know the structure, which is one tensor.
     outputs = outputs[0] if isinstance(model, keras.Sequential) else model.output
@@ -272,15 +275,13 @@ def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
         return None if value is None else keras.KerasTensor(value.shape, value.dtype.name)
 
     # Not by calling them: they may count their calls, or draw numbers.
-    made = [m for m in (model._compile_metrics, model._compile_loss) if m is not None]
     try:
         _, y, _ = keras.utils.unpack_x_y_sample_weight(spec)
         if y is None:
             return
         y = keras.tree.map_structure(symbolic, y)
-        for each in made:
-            if not each.built:
-                each.build(y, outputs)
+        for each in missing:
+            each.build(y, outputs)
     except Exception:
         # The first step builds what is left, or shows what is wrong.
         return

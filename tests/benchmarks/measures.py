@@ -276,12 +276,27 @@ def without_rule(rounds: int) -> Lines:
             yield line(workload.name, side, "", found[side])
 
 
-def one_by_one(workload: Any, number: int) -> Callable[[], None]:
-    """Returns the plain way to clip the gradient of each example."""
+def _with_adam(workload: Any) -> tuple[Any, ...]:
+    """Returns what a loop by hand needs: model, optimizer, variables, loss and a batch."""
     model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
     optimizer.build(model.trainable_variables)
     variables = [v.value for v in model.trainable_variables]
     x, y = tf.constant(workload.x), tf.constant(workload.y)
+    return model, optimizer, variables, loss, x, y
+
+
+def _repeated(step: Callable[[], Any], number: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(number):
+            count = step()
+        int(count)
+
+    return run
+
+
+def one_by_one(workload: Any, number: int) -> Callable[[], None]:
+    """Returns the plain way to clip the gradient of each example."""
+    model, optimizer, variables, loss, x, y = _with_adam(workload)
 
     @tf.function
     def step() -> Any:
@@ -294,20 +309,12 @@ def one_by_one(workload: Any, number: int) -> Callable[[], None]:
         optimizer.apply([g / len(x) for g in total], model.trainable_variables)
         return optimizer.iterations + 0
 
-    def run() -> None:
-        for _ in range(number):
-            count = step()
-        int(count)
-
-    return run
+    return _repeated(step, number)
 
 
 def in_parts(workload: Any, number_of_parts: int, number: int) -> Callable[[], None]:
     """Returns a loop by hand that sums the gradients of equal parts of a batch."""
-    model, optimizer, loss = workload.build(keras.Model), keras.optimizers.Adam(), workloads.loss()
-    optimizer.build(model.trainable_variables)
-    variables = [v.value for v in model.trainable_variables]
-    x, y = tf.constant(workload.x), tf.constant(workload.y)
+    model, optimizer, variables, loss, x, y = _with_adam(workload)
     size = len(workload.x) // number_of_parts
 
     @tf.function
@@ -323,12 +330,7 @@ def in_parts(workload: Any, number_of_parts: int, number: int) -> Callable[[], N
         optimizer.apply(total, model.trainable_variables)
         return optimizer.iterations + 0
 
-    def run() -> None:
-        for _ in range(number):
-            count = step()
-        int(count)
-
-    return run
+    return _repeated(step, number)
 
 
 def parts(rounds: int) -> Lines:
