@@ -16,6 +16,8 @@ from keras_tapefit import backward, callbacks, hooks, plots, tuning
 
 # These train for longer than the others.
 SLOW = (
+    "choose",
+    "several_losses",
     "find_nan",
     "tutorial",
     "fine_tune_and_freeze",

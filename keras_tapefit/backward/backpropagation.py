@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from keras_tapefit.backward.base import Batch, Computed, GradientMethod, Objective, register
 
 
@@ -15,6 +17,8 @@ class Backpropagation(GradientMethod):
     model.compile("sgd", "mse", backward=backward.Backpropagation())
     ```
     """
+
+    is_linear: ClassVar[bool] = True
 
     def compute(self, objective: Objective, batch: Batch) -> Computed:
         with objective.tape() as tape:

@@ -36,16 +36,24 @@ class Quotient:
         terms: by its place among the compiled losses, this replica's share of each of
             them that is in the quotient, without `loss_weights`.
         gradients: this replica's share, times the loss scale.
+        weight: by what the gradients have been multiplied besides, the part of a batch
+            that this is; `None`: by nothing.
     """
 
     loss: tf.Tensor | None
     divisor: tf.Tensor | None
     terms: dict[int, tf.Tensor] = field(default_factory=dict)
     gradients: Gradients | None = None
+    weight: tf.Tensor | None = None
 
     @property
     def _is_sum(self) -> bool:
         return self.divisor is None
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the gradients of a batch are the sum of those of its parts."""
+        return self._is_sum or self.weight is not None
 
     def scaled_by(self, factor: Any) -> Quotient:
         """Returns the quotient with its gradients multiplied by a scalar."""
@@ -193,6 +201,16 @@ class Objective(Protocol):
     def forward(self, batch: Batch) -> Forward:
         """Runs the forward pass, in training mode, and the loss."""
 
+    def of_parts(self, size: Any) -> Objective:
+        """Returns the loss on parts of a batch, whose gradients add up to its gradient.
+
+        That is so for what is divided by the number of examples, where no replica and no
+        hook sees a part by itself; see `Quotient.weight`.
+
+        Args:
+            size: the number of examples in the batch, an integer or a scalar tensor.
+        """
+
     def by_example(
         self, batch: Batch, around: Callable[[], AbstractContextManager[Any]]
     ) -> tuple[Forward, tf.Tensor | None, str | None]:
@@ -321,10 +339,12 @@ class GradientMethod:
 
     Subclasses implement `compute`. Where the gradient of a batch is not the mean of
     those of its parts, a subclass sets `takes_parts = False`; where the gradients at layer
-    outputs are not those of the batch, `has_outputs = False`.
+    outputs are not those of the batch, `has_outputs = False`; where those of a multiple of
+    the loss are that multiple, `is_linear = True`.
     """
 
     takes_parts: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = False
     has_outputs: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 

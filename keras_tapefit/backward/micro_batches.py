@@ -49,6 +49,8 @@ class MicroBatches(GradientMethod):
     def compute(self, objective: Objective, batch: Batch) -> Computed:
         size = objective.batch_size(batch)
         bounds = _bounds(size, self.num_parts)
+        if self.method.is_linear and not self.keeps_norms:
+            objective = objective.of_parts(size)
         part, sums = self._compute_part(objective, objective.part(batch, *bounds[0]))
         parts, rows = [part], [part.rows]
         if len(bounds) > 2 and objective.may_loop() and part.fits_in_loop:
@@ -67,12 +69,11 @@ class MicroBatches(GradientMethod):
             Quotient.combined(column)
             for column in zip(*(part.quotients for part in parts), strict=True)
         ]
-        for quotient, total in zip(quotients, sums, strict=True):
-            quotient.gradients = (
-                total
-                if quotient.divisor is None
-                else total.scale(tf.math.divide_no_nan(1.0, quotient.divisor))
-            )
+        columns = zip(quotients, parts[0].quotients, sums, strict=True)
+        for quotient, of_first, total in columns:
+            if not of_first.adds_up:
+                total = total.scale(tf.math.divide_no_nan(1.0, quotient.divisor))
+            quotient.gradients = total
         outputs, masks = keras.tree.map_structure(_joined, *rows)
         objective.set_masks(outputs, masks)
         sizes = tf.stack([tf.cast(part.examples, tf.float32) for part in parts])
@@ -219,7 +220,7 @@ def _any_number_of_rows(value: Any) -> Any:
 def _weighted(quotient: Quotient) -> Gradients:
     gradients = quotient.gradients
     assert gradients is not None
-    return gradients if quotient.divisor is None else gradients.scale(quotient.divisor)
+    return gradients if quotient.adds_up else gradients.scale(quotient.divisor)
 
 
 def _norm(part: Computed) -> tf.Tensor:

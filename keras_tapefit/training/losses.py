@@ -80,7 +80,7 @@ def quotients(
         members = [term for term in terms if term.kind == kind]
         losses = [term.weighted for term in members]
         losses += rest if kind == EXAMPLES else []
-        divisor = members[0].divisor if members else examples
+        divisor = examples if kind == EXAMPLES else members[0].divisor
         terms_here = {term.place: term.value for term in members}
         found.append(Quotient(sum_of(losses), divisor, terms_here))
     return found

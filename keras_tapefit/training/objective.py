@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,6 +40,14 @@ class ModelObjective:
         self._apart = apart
         # Replicas get unequal parts of an uneven batch, micro-batches of a small one.
         self._may_be_empty = replicas.count() > 1 or runtime.micro_batches > 1
+        self._whole: tf.Tensor | None = None
+
+    def of_parts(self, size: Any) -> ModelObjective:
+        if replicas.count() > 1 or self._runtime.taps() is not None:
+            return self
+        found = copy.copy(self)
+        found._whole = tf.cast(size, tf.float32)
+        return found
 
     def tape(self, persistent: bool = False) -> tf.GradientTape:
         model = self._model
@@ -107,6 +116,7 @@ class ModelObjective:
                 part_of(quotient.loss, share),
                 divisor,
                 {place: part_of(value, share) for place, value in quotient.terms.items()},
+                weight=self._weight(divisor, examples),
             )
             for quotient, (share, divisor) in zip(found, shares, strict=True)
         ]
@@ -114,7 +124,7 @@ class ModelObjective:
         if not self._apart and len(found) > 1:
             terms = {place: v for quotient in found for place, v in quotient.terms.items()}
             found = [Quotient(sum_of([q.loss for q in found]), all_examples, terms)]
-        scaled = [self._scaled(quotient.loss) for quotient in found]
+        scaled = [self._scaled(part_of(q.loss, q.weight)) for q in found]
         if taps is not None:
             taps.inputs, taps.loss = batch, sum_of([quotient.loss for quotient in found])
         return Forward(found, scaled, factors, y_pred, examples, all_examples, counts, taps)
@@ -201,6 +211,12 @@ class ModelObjective:
     def _quotients(self, batch: Batch, y_pred: Any, examples: tf.Tensor) -> list[Quotient]:
         apart = self._apart or replicas.count() > 1
         return losses.quotients(self._model, batch, y_pred, self._training, examples, apart)
+
+    def _weight(self, divisor: Any, examples: tf.Tensor) -> tf.Tensor | None:
+        whole = self._whole
+        if whole is None or divisor is not examples:
+            return None
+        return tf.math.divide_no_nan(examples, whole)
 
     def _shares(
         self, quotients: Sequence[Quotient], examples: tf.Tensor

@@ -335,10 +335,15 @@ def _outcome(kit, case):
     return outcome
 
 
+# What others have in them too, or what takes long.
+SLOW = """jit_compile dict_outputs steps_per_execution clipnorm rmsprop list_outputs momentum
+lazy_without_training nested_sequential class_weights graph_in_init own_trackers""".split()
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] if name == "jit_compile" else [])
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name, case in CASES.items()
     ],
 )

@@ -59,7 +59,15 @@ def through(tmp_path_factory):
     return state, logs, kills.rows(folder / "steps.csv")
 
 
-@pytest.mark.parametrize("stops", [[14], [10, 20], [26, 3, 9]], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([14], marks=pytest.mark.slow),
+        pytest.param([10, 20], marks=pytest.mark.slow),
+        [26, 3, 9],
+    ],
+    ids=str,
+)
 def test_in_the_middle_of_an_epoch(through, tmp_path, stops):
     """A window of 4 steps, 10 batches an epoch, a backup every 3: resumed where it was."""
     for stop in stops:
@@ -115,7 +123,9 @@ def change(path):
 BROKEN = {"cut": cut, "empty": empty, "changed": change}
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    "how", [pytest.param(h, marks=[] if h == "cut" else [pytest.mark.slow]) for h in BROKEN]
+)
 def test_a_broken_backup_is_told(tmp_path, through, how):
     run("accumulated", tmp_path, "epoch", 25)
     BROKEN[how](tmp_path / "backup" / "latest.weights.h5")

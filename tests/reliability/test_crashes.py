@@ -34,6 +34,7 @@ def check(found):
             assert kind == "ValueError" or (model, kind) in RAW, (case, outcome)
 
 
+@pytest.mark.slow
 def test_some_shapes():
     found = crashes.outcomes(EVERYDAY)
     assert found == dict.fromkeys(EVERYDAY, "trained")

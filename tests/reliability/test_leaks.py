@@ -126,7 +126,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[] if m == "sharpness" else [pytest.mark.slow]) for m in METHODS],
+)
 def test_models_are_let_go(method):
     """With all that they were trained with."""
     counts = []

@@ -131,7 +131,11 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("when", "number"),
-    [("on_train_batch_end", 2), ("on_train_batch_end", 3), ("on_test_batch_end", 1)],
+    [
+        ("on_train_batch_end", 2),
+        pytest.param("on_train_batch_end", 3, marks=pytest.mark.slow),
+        pytest.param("on_test_batch_end", 1, marks=pytest.mark.slow),
+    ],
     ids=["in a window", "after an update", "in validation"],
 )
 def test_an_interrupt_ends_at_a_step(when, number):

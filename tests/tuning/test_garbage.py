@@ -45,6 +45,7 @@ def run(search, build, data, reuse=True):
     tuner.search(*data, epochs=1, verbose=0, callbacks=[Collects()])
 
 
+@pytest.mark.slow
 def test_what_was_there_before_is_set_aside(nothing_set_aside, search, light, data):
     before = len(gc.get_objects())
     run(search, light, data)

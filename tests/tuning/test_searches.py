@@ -40,7 +40,10 @@ TUNERS = {
 }
 
 
-@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize(
+    "tuner",
+    [pytest.param(t, marks=[] if t == "RandomSearch" else [pytest.mark.slow]) for t in TUNERS],
+)
 def test_tuners_find_the_same_with_and_without_reuse(tuner, search, light, data, all_scores):
     arguments = fit_arguments(data)
     if tuner == "Hyperband":
