@@ -18,12 +18,14 @@ class Ratio:
     Attributes:
         cpu: of the CPU time of the process.
         wall: of the time on the clock.
+        spread: the middle half of the pairs, of CPU time: lower and upper quartile.
         milliseconds: CPU time of one step.
         base_milliseconds: CPU time of one step of what it is compared with.
     """
 
     cpu: float
     wall: float
+    spread: tuple[float, float]
     milliseconds: float
     base_milliseconds: float
 
@@ -46,11 +48,11 @@ def ratio(
         number: how many steps a call makes.
     """
     here, there = np.array(times), np.array(base)
-    cpu, wall = np.median(here / there, axis=0)
-    milliseconds = 1e3 / number
-    return Ratio(
-        cpu, wall, milliseconds * np.median(here[:, 0]), milliseconds * np.median(there[:, 0])
-    )
+    pairs = here / there
+    cpu, wall = np.median(pairs, axis=0)
+    low, high = np.quantile(pairs[:, 0], (0.25, 0.75))
+    each, of_base = (1e3 / number * np.median(side[:, 0]) for side in (here, there))
+    return Ratio(cpu, wall, (low, high), each, of_base)
 
 
 def steps_of(model: Any, x: Any, y: Any, number: int) -> Callable[[], None]:
