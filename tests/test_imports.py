@@ -100,6 +100,7 @@ def foreign_names(path: Path, of_keras: set[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.attr
 
 
+@pytest.mark.slow
 def test_private_names_of_others_are_told_and_tested():
     """A file that uses some says which, for which versions, and what test holds them."""
     of_keras = names_of_keras()

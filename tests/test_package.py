@@ -136,6 +136,7 @@ def test_examples_of_docstrings_run(name, room, tmp_path):
         exec(compile(code, str(path), "exec"), dict(room))
 
 
+@pytest.mark.slow
 def test_self_check():
     command = [sys.executable, "-m", "keras_tapefit"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -77,6 +77,7 @@ def test_resumed_equals_uninterrupted(build, tmp_path, by):
     assert_same_state(resumed, whole)
 
 
+@pytest.mark.slow
 def test_hooks_tell_the_networks_apart(build):
     model = build()
     logs = fit(model, 1).history

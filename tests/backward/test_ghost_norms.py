@@ -457,6 +457,7 @@ def test_no_noise_is_drawn_without_noise(monkeypatch):
     assert drawn and np.abs(np.asarray(loud.values()[0]) - quiet.values()[0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_trace_whatever_the_noise():
     method = backward.PerExampleClipping(0.5, seed=1)
     model, x = built("mlp", method, jit_compile=True)

@@ -369,7 +369,7 @@ def stepped(make, data, mode, dtype, **options):
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(ALONE, "slopes", "recurrent", "twice", "pooled"))
+@pytest.mark.parametrize("name", some(ALONE, "slopes", "twice", "pooled"))
 def test_a_step_equals_a_loop(name, mode):
     make, data, layer = ALONE[name]
     method, error = stepped(make, data, mode, "float32")

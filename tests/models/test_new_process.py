@@ -106,6 +106,7 @@ def test_it_is_the_same_model(name, ending, answers):
     assert answer["ours"]
 
 
+@pytest.mark.slow
 def test_pickle_imports_the_users_module(tmp_path):
     """By reference, as pickle does with any class; nothing needs to be registered."""
     (tmp_path / "users_module.py").write_text(

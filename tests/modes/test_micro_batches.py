@@ -177,7 +177,8 @@ def _many_kinds(cls=TapeModel):
     return cls({"t": tokens, "x": values}, {"s": sequence, "o": layers.Dense(2, name="o")(hidden)})
 
 
-@pytest.mark.parametrize("window", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [False, True])
 def test_a_loop_over_parts_is_the_parts_one_after_the_other(window):
     x = {"t": support.TOKENS[:46], "x": X[:46]}
     y = {"s": np.random.default_rng(0).normal(size=(46, 4, 2)), "o": Y[:46]}
