@@ -57,10 +57,10 @@ class PerExampleClipping(GradientMethod):
     attention, which is made of it), Conv1D to Conv3D without groups, Embedding and
     LayerNormalization, with Keras's own losses. Another layer with weights is run once more
     on each example, alone. Where that would not be the same (it draws random numbers, changes
-    variables or takes more than it is given; its weights are read elsewhere too), for
-    recurrent layers in eager mode, and for another loss, that is so of the whole model, which
-    is slow. `fell_back` says which layers or why, and a log message once. Vectorised where
-    TensorFlow can: recurrent layers are faster here with `unroll=True`.
+    variables or takes more than it is given; its weights are read elsewhere too), and for
+    another loss, that is so of the whole model, which is slow. `fell_back` says which layers
+    or why, and a log message once. Vectorised where TensorFlow can: recurrent layers are
+    faster here with `unroll=True`.
 
     Examples must not influence each other: BatchNormalization that trains, `MixUp`,
     `CutMix` and stateful recurrent layers are refused, and custom layers that do so must be

@@ -6,7 +6,8 @@ the layers of one model only, and only as long as some thread has taps open for 
 
 Private names used here: `Operation._remat_mode`, which only layers have before Keras 3.15,
 of `tensorflow.python.eager.record` `could_possibly_record`, `stop_recording` and
-`record_operation`, and of
+`record_operation`, of `tensorflow.python.ops.while_loop` the function, which
+`tensorflow.python.util.tf_decorator` unwraps, and of
 `keras.src.backend.common` `symbolic_scope.in_symbolic_scope`, `masking.get_keras_mask` and
 `masking.set_keras_mask`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/backward/test_taps.py` fails when they change.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.eager import record
+from tensorflow.python.ops import while_loop
+from tensorflow.python.util import tf_decorator
 
 from keras_tapefit.gradients.layers import NamedLayer
 
@@ -103,7 +107,7 @@ class Opened:
 
     def why_not(self) -> str | None:
         """Returns what a layer runs inside of now, so that it cannot be looked at."""
-        if _place() is not self._place:
+        if _place() != self._place:
             return "a loop, a branch or a function of its own"
         if _remat.depth:
             return "`RematScope`, which computes it twice"
@@ -282,6 +286,16 @@ def _checked(watcher: Any, tap: Tap, gradient: tf.Tensor, result: Any) -> tf.Ten
     return tf.ensure_shape(result, gradient.shape)
 
 
+def _code(function: Any) -> Any:
+    return tf_decorator.unwrap(function)[1].__code__
+
+
+# What runs functions in graphs of their own and in eager mode as they are; and what runs
+# one for an example and computes all. `keras.ops.cond` is the last, if it has a tensor.
+_APART = {*map(_code, (while_loop.while_loop, tf.cond, tf.switch_case, tf.case, tf.vectorized_map))}
+_MAY_BRANCH = _code(tf.__internal__.smart_cond.smart_cond)
+
+
 class _Open(threading.local):
     taps: list[Opened] = []  # noqa: RUF012
 
@@ -297,8 +311,16 @@ _lock = threading.Lock()
 _wrappers: dict[int, list[Any]] = {}
 
 
-def _place() -> Any:
-    return tf.compat.v1.get_default_graph()
+def _place() -> tuple[Any, int]:
+    """Returns the graph that operations go into, and in how many loops and branches it is,
+    which have graphs of their own but for eager mode."""
+    depth = 0
+    frame: Any = sys._getframe()
+    while frame is not None:
+        depth += frame.f_code in _APART
+        depth += frame.f_code is _MAY_BRANCH and tf.is_tensor(frame.f_locals["pred"])
+        frame = frame.f_back
+    return tf.compat.v1.get_default_graph(), depth
 
 
 @contextlib.contextmanager

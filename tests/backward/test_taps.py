@@ -302,6 +302,60 @@ def test_without_hooks_nothing_is_tapped(monkeypatch):
     model.fit(X, Y, verbose=0)
 
 
+def one_row(dense):
+    return lambda row: dense(row[None])[0]
+
+
+# Runs a layer where a graph has another graph, or where all examples are computed as one.
+APART = {
+    "a recurrent layer": lambda rnn, x: rnn(x[:, None]),
+    "tf.cond": lambda dense, x: tf.cond(x[0, 0] < 9.0, lambda: dense(x), lambda: x),
+    "keras.ops.cond": lambda dense, x: keras.ops.cond(x[0, 0] < 9.0, lambda: dense(x), lambda: x),
+    "tf.switch_case": lambda dense, x: tf.switch_case(tf.size(x) * 0, [lambda: dense(x)] * 2),
+    "tf.case": lambda dense, x: tf.case([(x[0, 0] < 9.0, lambda: dense(x))], lambda: x),
+    "keras.ops.fori_loop": lambda dense, x: keras.ops.fori_loop(0, 2, lambda _, x: dense(x), x),
+    "tf.map_fn": lambda dense, x: tf.map_fn(one_row(dense), x),
+    "tf.vectorized_map": lambda dense, x: tf.vectorized_map(one_row(dense), x),
+}
+
+
+class Apart(layers.Layer):
+    def __init__(self, how, **kwargs):
+        super().__init__(**kwargs)
+        self.how, is_cell = how, how == "a recurrent layer"
+        self.inner = layers.LSTMCell(4, name="i") if is_cell else layers.Dense(4, name="i")
+        self.called = layers.RNN(self.inner, name="rnn") if is_cell else self.inner
+
+    def build(self, shape):
+        self.called.build((None, 1, 4) if self.called is not self.inner else shape)
+
+    def call(self, x):
+        return APART[self.how](self.called, x)
+
+
+@pytest.mark.parametrize("how", APART)
+def test_what_cannot_be_looked_at_in_a_graph_cannot_in_eager_mode(how):
+    found = {}
+    for eager in (False, True):
+        keras.utils.set_random_seed(4)
+        inputs = keras.Input((4,))
+        model = TapeModel(inputs, layers.Dense(2, name="end")(Apart(how, name="apart")(inputs)))
+        halve = hooks.OutputGradient(lambda g, _: 0.5 * g)
+        given = [halve, hooks.OutputMonitor()]
+        model.compile("sgd", "mse", gradient_hooks=given, run_eagerly=eager, jit_compile=False)
+        log = model.fit(X, Y, epochs=2, shuffle=False, verbose=0).history
+        assert not [name for name in log if name.endswith("/i")]
+        found[eager] = {**log, **{v.path: v.numpy() for v in model.trainable_variables}}
+        model.gradient_hooks.set([hooks.OutputMonitor(layers="apart/*i")])
+        with pytest.raises(
+            ValueError, match="'apart/.*i' .* cannot be looked at.*a loop, a branch"
+        ):
+            model.train_on_batch(X, Y)
+    assert found[False].keys() == found[True].keys()
+    for name, value in found[False].items():
+        np.testing.assert_allclose(found[True][name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 def test_private_names():
     layer = layers.Dense(2)
     assert layer._remat_mode is None and not in_symbolic_scope()

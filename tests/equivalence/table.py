@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tests.equivalence import cases
 
+NEXT = "## Every pair of features"
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "equivalence.md"
 
 TEXT = """\
@@ -129,7 +130,9 @@ def main() -> None:
         tf=tf.__version__,
         np=np.__version__,
     )
-    PAGE.write_text(page, encoding="utf-8")
+    # What comes after this table another command writes.
+    rest = PAGE.read_text(encoding="utf-8").partition(NEXT)
+    PAGE.write_text(page.rstrip() + "\n\n" + "".join(rest[1:]), encoding="utf-8")
     print(f"Wrote {PAGE}.")
 
 
