@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -20,7 +20,7 @@ from keras_tapefit.backward.base import (
     Objective,
     register,
 )
-from keras_tapefit.backward.replays import for_each, of_replays
+from keras_tapefit.backward.replays import for_each, is_floating, of_replays
 from keras_tapefit.backward.weight_calls import WeightCalls
 from keras_tapefit.backward.weight_gradients import (
     NotUnderstood,
@@ -197,18 +197,19 @@ class PerExampleClipping(GradientMethod):
             scaled = _times(losses, scale)
             total = tf.reduce_sum(scaled)
         wanted = {id(v) for v in variables}
-        found: dict[int, WeightGradient] = {
-            id(variable): gradient
-            for layer, pairs in calls.gradients(total)
-            for variable, gradient in _of_layer(layer, pairs)
-            if id(variable) in wanted
-        }
+        found: dict[int, WeightGradient] = {}
+        factors: list[tf.Tensor] = []
+        for layer, pairs in calls.gradients(total):
+            known = _of_layer(layer, pairs)
+            found |= {id(v): gradient for v, gradient in known if id(v) in wanted}
+            factors += [v for given, gradients in pairs for v in (given, *gradients)]
         # The same for all examples.
         constant = [
             g if g is None else _times(wide(to_dense(g)), scale) for g in objective.regularization()
         ]
         rows = [(found.get(id(v)), c) for v, c in zip(variables, constant, strict=True)]
-        norms = _norms(rows, tf.zeros_like(losses, tf.float64))
+        bound = _times(LiveNumber.of(self, "max_norm"), scale)
+        norms = _norms(rows, tf.zeros_like(losses, tf.float64), factors, bound)
         counted = tf.ones_like(norms, tf.bool)
         shares, kept, clipped = self._shares(objective, scaled, norms, counted, factor)
 
@@ -353,13 +354,20 @@ def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:
     return value if scale is None else value * tf.cast(scale, value.dtype)
 
 
-def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> tf.Tensor:
-    """Returns the norm of the gradient of each example.
+def _norms(
+    rows: list[tuple[WeightGradient | None, Any]],
+    zeros: tf.Tensor,
+    factors: Sequence[Any],
+    bound: tf.Tensor,
+) -> tf.Tensor:
+    """Returns the norm of the gradient of each example, as far as the bound needs it.
 
     Args:
         rows: for each weight the part that depends on the example, and the one that does
             not, both with the loss scale.
         zeros: of shape `[batch]`.
+        factors: what gradients are products of; those that are no floats do not matter.
+        bound: of the norm, with the loss scale, a scalar.
     """
     known = [(gradient, other) for gradient, other in rows if gradient is not None]
     products = [2.0 * gradient.products(other) for gradient, other in known if other is not None]
@@ -374,8 +382,16 @@ def _norms(rows: list[tuple[WeightGradient | None, Any]], zeros: tf.Tensor) -> t
     # Far from where float32 loses a square; and nothing else is lost.
     in_range = tf.reduce_all(tf.math.is_finite(plain) & (plain > 1e-25))
 
-    def safe() -> tf.Tensor:
+    def exact() -> tf.Tensor:
         return tf.add_n([zeros, *(tf.square(gradient.norms()) for gradient, _ in known)])
+
+    def safe() -> tf.Tensor:
+        # An example that the model has learned has next to no gradient. Of factors of moderate
+        # size float32 loses so little that the norm stays below the bound.
+        sizes = [tf.reduce_max(tf.abs(v)) for v in factors if is_floating(v)]
+        moderate = tf.reduce_all([tf.cast(size, tf.float32) < 1e6 for size in sizes])
+        is_far = tf.reduce_all(tf.math.is_finite(plain)) & (bound > 1e-3) & moderate
+        return tf.cond(is_far, lambda: plain, exact)
 
     return tf.sqrt(tf.nn.relu(tf.cond(in_range, lambda: plain, safe) + rest))
 

@@ -395,6 +395,24 @@ def test_norms_neither_overflow_nor_underflow(size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 1e18])
+def test_squares_that_float32_loses_count_where_they_matter(size, jit_compile):
+    """Output gradients of 2e-20 and less: of the large inputs they make more than the bound."""
+    x = np.array([[3.0, 4.0], [0.3, 0.4], [3e-9, 4e-9]]) * size
+    model = TapeSequential([keras.Input((2,)), layers.Dense(1, use_bias=False)])
+    model.layers[0].kernel.assign([[0.0], [0.0]])
+    method = backward.PerExampleClipping(0.02)
+    arguments = {"loss_weights": [1e-20], "backward": method, "jit_compile": jit_compile}
+    model.compile("sgd", "mse", **arguments)
+    [found] = model.compute_gradients(x.astype("float32"), np.full((3, 1), -1.0)).values()
+    each = 2e-20 * x
+    norms = np.linalg.norm(each, axis=1, keepdims=True)
+    expected = (each * np.minimum(1.0, 0.02 / norms)).mean(0)
+    assert method.fell_back is None and (norms[0] > 0.02) == (size > 1.0)
+    np.testing.assert_allclose(np.asarray(found)[:, 0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["mlp", "images", "einsums"])
 def test_an_example_that_is_not_finite_counts_as_zero(name, bad):
