@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,46 +227,42 @@ def shortened(
         return []
     places = [(id(length), id(bound)) for length, bound in zip(lengths, bounds, strict=True)]
     pairs = dict(zip(places, zip(lengths, bounds, strict=True), strict=True))
-    is_joint = len(pairs) == 1
-    distinct = {place: root_of_factor(*pair) for place, pair in pairs.items()}
-    roots = [distinct[place] for place in places]
+    numbers = {place: number for number, place in enumerate(pairs)}
+    rows = [(value, numbers[place]) for value, place in zip(values, places, strict=True)]
+    roots = tf.stack([root_of_factor(*pair) for pair in pairs.values()])
+    exceeds, is_plain = roots < 1.0, roots > 1e-15
+
+    def scaled(factors: tf.Tensor, divisors: tf.Tensor | None, select: bool) -> list[tf.Tensor]:
+        cast: dict[Any, list[Any]] = {}
+        flags = tf.unstack(exceeds)
+        found = []
+        for value, number in rows:
+            product = wide(value)
+            if product.dtype not in cast:
+                parts = [factors] if divisors is None else [factors, divisors]
+                cast[product.dtype] = [tf.unstack(tf.cast(v, product.dtype)) for v in parts]
+            if divisors is not None:
+                # A division, for TensorFlow's graph optimizer makes one factor of two: it
+                # multiplies the smaller tensors first.
+                product /= cast[product.dtype][1][number]
+            product = tf.cast(product * cast[product.dtype][0][number], value.dtype)
+            # Not the product with 1: it loses the smallest floats.
+            found.append(tf.where(flags[number], product, value) if select else product)
+        return found
 
     if _are_few(values):
-        return _shortened_without_branch(values, roots)
-
-    def scaled(times: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> list[tf.Tensor]:
-        products = [tf.cast(times(wide(v), r), v.dtype) for v, r in zip(values, roots, strict=True)]
-        if is_joint:
-            return products
-        # Not the product with 1: it loses the smallest floats.
-        rows = zip(roots, products, values, strict=True)
-        return [tf.where(root < 1.0, product, value) for root, product, value in rows]
-
-    def some() -> list[tf.Tensor]:
-        is_plain = tf.reduce_all(tf.stack(list(distinct.values())) > 1e-15)
-        return tf.cond(is_plain, lambda: scaled(_times_square), lambda: scaled(times_twice))
-
-    exceeds = tf.reduce_any(tf.stack(list(distinct.values())) < 1.0)
-    return tf.cond(exceeds, some, lambda: [tf.identity(v) for v in values])
-
-
-def _shortened_without_branch(
-    values: Sequence[tf.Tensor], roots: Sequence[tf.Tensor]
-) -> list[tf.Tensor]:
-    """Does what `shortened` does, where its branches cost more than the values do."""
-    factors: dict[int, tuple[tf.Tensor, tf.Tensor, tf.Tensor]] = {}
-    for root in roots:
-        if id(root) not in factors:
-            is_plain = root > 1e-15
-            divisor = tf.where(is_plain, tf.ones_like(root), 1.0 / root)
-            factors[id(root)] = root < 1.0, divisor, tf.where(is_plain, root * root, root)
-    found = []
-    for value, root in zip(values, roots, strict=True):
-        exceeds, divisor, factor = factors[id(root)]
-        product = wide(value)
-        product = product / tf.cast(divisor, product.dtype) * tf.cast(factor, product.dtype)
-        found.append(tf.where(exceeds, tf.cast(product, value.dtype), value))
-    return found
+        # Branches would cost more than the values do.
+        factors = tf.where(is_plain, roots * roots, roots)
+        return scaled(factors, tf.where(is_plain, tf.ones_like(roots), 1.0 / roots), True)
+    several = len(pairs) > 1
+    # One choice of three: what is traced in each takes most of the time to the first step.
+    kind = tf.cast(tf.reduce_any(exceeds), tf.int32) + tf.cast(~tf.reduce_all(is_plain), tf.int32)
+    branches = [
+        lambda: [tf.identity(value) for value in values],
+        lambda: scaled(roots * roots, None, several),
+        lambda: scaled(roots, 1.0 / roots, several),
+    ]
+    return tf.switch_case(kind, branches)
 
 
 def root_of_factor(length: Length, bound: Any) -> tf.Tensor:
@@ -285,10 +281,6 @@ def root_of_factor(length: Length, bound: Any) -> tf.Tensor:
     bound = tf.cast(bound, tf.float64)
     exceeds = (size > bound / unit) & tf.math.is_finite(size)
     return tf.where(exceeds, tf.sqrt(bound / size) / tf.sqrt(unit), 1.0)
-
-
-def _times_square(value: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
-    return value * tf.cast(root * root, value.dtype)
 
 
 def times_twice(value: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
