@@ -152,6 +152,7 @@ class Taps(Opened):
         self._watchers = list(watchers)
         self._calls: dict[int, int] = {}
         self._left_out: set[int] = set()
+        self._refusal: str | None = None
         self._is_open = False
         self.taps: list[Tap] = []
         self.returning: list[Tap] = []
@@ -174,13 +175,19 @@ class Taps(Opened):
 
     @contextlib.contextmanager
     def tapping(self) -> Iterator[Taps]:
-        """Taps what layers return in this context, in this thread."""
+        """Taps what layers return in this context, in this thread.
+
+        Raises:
+            ValueError: at its end, when a layer that was named could not be tapped.
+        """
         self._is_open = True
         try:
             with self.opened([layer for _, layer, _ in self._chosen.values()]):
                 yield self
         finally:
             self._is_open = False
+        if self._refusal is not None:
+            raise ValueError(self._refusal)
 
     def run(self, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return self._taken(layer, args, kwargs, call(*args, **kwargs))
@@ -200,7 +207,8 @@ class Taps(Opened):
         reason = self.why_not()
         if reason is not None:
             if id(layer) in self._named:
-                raise ValueError(
+                # Raised later: TensorFlow's loops do not clean up after an error in them.
+                self._refusal = (
                     f"The output of layer {path!r} ({type(layer).__name__}) cannot be looked "
                     f"at, for it is computed inside {reason}. Name the layer around it."
                 )
