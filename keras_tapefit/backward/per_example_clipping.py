@@ -388,9 +388,9 @@ def _norms(
     def safe() -> tf.Tensor:
         # An example that the model has learned has next to no gradient. Of factors of moderate
         # size float32 loses so little that the norm stays below the bound.
-        sizes = [tf.reduce_max(tf.abs(v)) for v in factors if is_floating(v)]
-        moderate = tf.reduce_all([tf.cast(size, tf.float32) < 1e6 for size in sizes])
-        is_far = tf.reduce_all(tf.math.is_finite(plain)) & (bound > 1e-3) & moderate
+        is_far = tf.reduce_all(tf.math.is_finite(plain)) & (bound > 1e-3)
+        for factor in filter(is_floating, factors):
+            is_far &= tf.cast(tf.reduce_max(tf.abs(factor)), tf.float32) < 1e6
         return tf.cond(is_far, lambda: plain, exact)
 
     return tf.sqrt(tf.nn.relu(tf.cond(in_range, lambda: plain, safe) + rest))
