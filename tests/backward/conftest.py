@@ -2,15 +2,14 @@
 
 import keras
 import pytest
+from everyday import everyday
 from training import MODES
 
 # XLA and replicas are in the everyday slice of tests/equivalence.
 EVERYDAY = ("graph",)
 
 
-@pytest.fixture(
-    params=[m if m in EVERYDAY else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
-)
+@pytest.fixture(params=everyday(EVERYDAY, of=MODES))
 def mode(request) -> str:
     return request.param
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, TapeSequential, backward, callbacks
@@ -162,12 +163,7 @@ def middle_norm(name, loss, y):
     )
 
 
-def some(names, *everyday):
-    """Returns parameters of a test, most of them slow."""
-    return [n if n in everyday else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("name", some(MODELS, "mlp", "transformer", "twice", "images"))
+@pytest.mark.parametrize("name", everyday(["mlp", "transformer", "twice", "images"], of=MODELS))
 def test_equals_a_loop_in_float64(name, float64):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -191,8 +187,8 @@ MODES = {
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(MODELS, "transformer"))
+@pytest.mark.parametrize("mode", everyday(["graph"], of=MODES))
+@pytest.mark.parametrize("name", everyday(["transformer"], of=MODELS))
 def test_a_step_equals_a_loop(name, mode):
     y = floats(3)
     loss = keras.losses.MeanSquaredError()
@@ -356,7 +352,7 @@ def fallen(name):
 
 @pytest.mark.parametrize(
     "name",
-    some(["elsewhere", "tied", "activity", "loss"], "elsewhere"),
+    everyday(["elsewhere"], of=["elsewhere", "tied", "activity", "loss"]),
 )
 def test_what_is_not_known_is_computed_the_slow_way(name, caplog):
     keras.utils.set_random_seed(0)

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
-from test_ghost_norms import SIZE, floats, loop, some
+from test_ghost_norms import SIZE, floats, loop
 
 from keras_tapefit import TapeModel, TapeSequential, backward
 from keras_tapefit.backward.replays import for_each
@@ -368,8 +369,8 @@ def stepped(make, data, mode, dtype, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(ALONE, "slopes", "twice", "pooled"))
+@pytest.mark.parametrize("mode", everyday(["graph"], of=MODES))
+@pytest.mark.parametrize("name", everyday(["slopes", "twice", "pooled"], of=ALONE))
 def test_a_step_equals_a_loop(name, mode):
     make, data, layer = ALONE[name]
     method, error = stepped(make, data, mode, "float32")
@@ -381,7 +382,7 @@ def test_a_step_equals_a_loop(name, mode):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("name", some(ALONE, "convolutions"))
+@pytest.mark.parametrize("name", everyday(["convolutions"], of=ALONE))
 def test_equals_a_loop_in_float64(name, float64):
     make, data, _ = ALONE[name]
     method, error = stepped(make, data, "graph", "float64")
@@ -389,8 +390,10 @@ def test_equals_a_loop_in_float64(name, float64):
     assert error < 1e-9
 
 
-@pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(AS_A_WHOLE, "tied", "noted", "time first", "counted"))
+@pytest.mark.parametrize("mode", everyday(["graph"], of=MODES))
+@pytest.mark.parametrize(
+    "name", everyday(["tied", "noted", "time first", "counted"], of=AS_A_WHOLE)
+)
 def test_as_a_whole_where_a_layer_alone_is_not_right(name, mode, caplog):
     make, data, text = AS_A_WHOLE[name]
     method, error = stepped(make, data, mode, "float32")
@@ -401,8 +404,8 @@ def test_as_a_whole_where_a_layer_alone_is_not_right(name, mode, caplog):
     assert len(ours) == 1 and method.fell_back in ours[0]
 
 
-@pytest.mark.parametrize("mode", some(MODES, "graph"))
-@pytest.mark.parametrize("name", some(["slopes", "recurrent", "convolutions"], "slopes"))
+@pytest.mark.parametrize("mode", everyday(["graph"], of=MODES))
+@pytest.mark.parametrize("name", everyday(["slopes"], of=["slopes", "recurrent", "convolutions"]))
 def test_in_chunks_as_a_whole(name, mode):
     make, data, layer = ALONE[name]
     method, error = stepped(make, data, mode, "float32", chunk_size=4)

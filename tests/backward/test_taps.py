@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
@@ -98,9 +99,7 @@ def test_gradients_at_outputs_are_those_of_a_plain_tape(name):
 
 
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}])
-@pytest.mark.parametrize(
-    "name", [m if m == "functional" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
-)
+@pytest.mark.parametrize("name", everyday(["functional"], of=MODELS))
 def test_modes_log_the_same(name, options):
     def train(**kwargs):
         keras.utils.set_random_seed(1)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, TapeSequential, callbacks, hooks
@@ -60,12 +61,8 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(
-    "when", [w if w == "all" else pytest.param(w, marks=pytest.mark.slow) for w in WHEN]
-)
-@pytest.mark.parametrize(
-    "mode", [m if m == "executions" else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
-)
+@pytest.mark.parametrize("when", everyday(["all"], of=WHEN))
+@pytest.mark.parametrize("mode", everyday(["executions"], of=MODES))
 def test_it_acts_only_then(when, mode):
     arguments, acts = WHEN[when]
     model = make(hooks.During(hooks.GradientScaling(0.5), **arguments), **MODES[mode])
@@ -230,12 +227,7 @@ CLIPS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n
-        if n in ("GlobalNormClipping", "ValueClipping")
-        else pytest.param(n, marks=pytest.mark.slow)
-        for n in CLIPS
-    ],
+    everyday(["GlobalNormClipping", "ValueClipping"], of=CLIPS),
 )
 def test_the_share_of_clipped_steps(name):
     model = make(CLIPS[name](log_clipped=True))

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers, ops
 
 from keras_tapefit import TapeModel, callbacks, hooks
@@ -110,14 +111,9 @@ def located(name, **options):
 @pytest.mark.filterwarnings("ignore:.*steps of this epoch were skipped")
 @pytest.mark.parametrize(
     "name",
-    [
-        f if f in ("division", "norm", "loss") else pytest.param(f, marks=pytest.mark.slow)
-        for f in FAULTS
-    ],
+    everyday(["division", "norm", "loss"], of=FAULTS),
 )
-@pytest.mark.parametrize(
-    "mode", [m if m in EVERYDAY else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
-)
+@pytest.mark.parametrize("mode", everyday(EVERYDAY, of=MODES))
 def test_faults_are_found(name, mode):
     _, gate, logs, _, what, examples = located(name, **MODES[mode])
     step = 0 if name == "weight" else 1

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, TapeSequential, backward, callbacks, hooks, plots
@@ -67,11 +68,7 @@ MODES = {
 EVERYDAY = ("graph", "xla")
 
 
-def some(modes):
-    return [m if m in EVERYDAY else pytest.param(m, marks=pytest.mark.slow) for m in modes]
-
-
-@pytest.mark.parametrize("mode", some(MODES))
+@pytest.mark.parametrize("mode", everyday(EVERYDAY, of=MODES))
 def test_monitor(mode):
     model = compiled(hooks.OutputMonitor(), **MODES[mode])
     weights = model.get_weights()
@@ -90,7 +87,7 @@ def test_monitor(mode):
         np.testing.assert_allclose(logs[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", some(m for m in MODES if m != "parts"))
+@pytest.mark.parametrize("mode", everyday(EVERYDAY, of=(m for m in MODES if m != "parts")))
 @pytest.mark.parametrize("fn", [reverse, clip_examples])
 def test_output_gradient(mode, fn):
     model = compiled(hooks.OutputGradient(fn, "a"), **MODES[mode])

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, TapeSequential, hooks
@@ -62,10 +63,7 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("functional", "subclass") else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODELS
-    ],
+    everyday(["functional", "subclass"], of=MODELS),
 )
 def test_it_shares_weights_and_trains_like_the_original(name):
     def trained(convert):

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, hooks
@@ -197,10 +198,9 @@ def assert_replicas_agree(model: Any, leave_out: str = "moving_") -> None:
             np.testing.assert_array_equal(copy.numpy(), copies[0].numpy(), variable.path)
 
 
-def modes(*everyday: str) -> list[Any]:
+def modes(*names: str) -> list[Any]:
     """Returns the names of all modes, those not named as slow tests."""
-    slow = pytest.mark.slow
-    return [m if m in everyday else pytest.param(m, marks=slow) for m in MODES]
+    return everyday(names, of=MODES)
 
 
 def cells(

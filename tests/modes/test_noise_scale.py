@@ -5,6 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, hooks
@@ -83,10 +84,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        c if c in ("micro_batches", "replicas_and_micro_batches") else pytest.param(c, marks=SLOW)
-        for c in CASES
-    ],
+    everyday(["micro_batches", "replicas_and_micro_batches"], of=CASES),
 )
 def test_float64(case):
     num_replicas, options = CASES[case]

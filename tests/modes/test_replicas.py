@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 
 from keras_tapefit import hooks
 
@@ -13,7 +14,7 @@ from . import support
 from .support import OPTIMIZERS, assert_replicas_agree, difference, trained
 
 OTHERS = [n for n in OPTIMIZERS if n != "sgd"]
-SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+SIZES = everyday([2], of=[2, 3, 4])
 
 
 def _hooks():
@@ -42,17 +43,13 @@ def _check(model, optimizer, num_replicas, epochs=1, **options):
     assert_replicas_agree(found)
 
 
-def _everyday(*names, of):
-    return [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in of]
-
-
 @pytest.mark.parametrize("model", ["dense", "embedding"])
 @pytest.mark.parametrize("num_replicas", SIZES)
 def test_equal_one_device(model, num_replicas):
     _check(model, "sgd", num_replicas, epochs=2)
 
 
-@pytest.mark.parametrize("optimizer", _everyday("adamw_ema", "loss_scale_multi", of=OTHERS))
+@pytest.mark.parametrize("optimizer", everyday(["adamw_ema", "loss_scale_multi"], of=OTHERS))
 def test_equal_one_device_with_other_optimizers(optimizer):
     _check("embedding", optimizer, 2)
 
@@ -64,7 +61,7 @@ def test_equal_one_device_with_all(model, optimizer, num_replicas):
     _check(model, optimizer, num_replicas)
 
 
-@pytest.mark.parametrize("optimizer", _everyday("adamw_ema", "loss_scale", of=OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", everyday(["adamw_ema", "loss_scale"], of=OPTIMIZERS))
 def test_without_hooks_bits_are_those_of_keras(optimizer):
     """Loss scale as well, where no replica overflows."""
     runs = [
@@ -110,7 +107,7 @@ def test_clipping_of_the_optimizer_is_of_the_sum(name, with_hook):
 
 
 @pytest.mark.parametrize(
-    "optimizer", _everyday("sgd", "loss_scale", of=["sgd", "loss_scale", "loss_scale_multi"])
+    "optimizer", everyday(["sgd", "loss_scale"], of=["sgd", "loss_scale", "loss_scale_multi"])
 )
 def test_a_nan_on_one_replica_is_seen_by_all(optimizer):
     y = support.Y.copy()
@@ -169,7 +166,7 @@ def test_batch_normalization_trains():
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batches": 2}], ids=["whole", "micro-batches"])
-@pytest.mark.parametrize("batch_size", _everyday(7, of=[7, 15]))
+@pytest.mark.parametrize("batch_size", everyday([7], of=[7, 15]))
 def test_uneven_batches(batch_size, options):
     """Keras averages replicas alike, however few examples one has, and may have none."""
     arguments = {"batch_size": batch_size, "gradient_hooks": [support.sensitive], **options}

@@ -8,6 +8,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from everyday import everyday
 
 from keras_tapefit import callbacks
 
@@ -61,11 +62,7 @@ def through(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "stops",
-    [
-        pytest.param([14], marks=pytest.mark.slow),
-        pytest.param([10, 20], marks=pytest.mark.slow),
-        [26, 3, 9],
-    ],
+    everyday([[26, 3, 9]], of=[[14], [10, 20], [26, 3, 9]]),
     ids=str,
 )
 def test_in_the_middle_of_an_epoch(through, tmp_path, stops):
@@ -123,9 +120,7 @@ def change(path):
 BROKEN = {"cut": cut, "empty": empty, "changed": change}
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(h, marks=[] if h == "cut" else [pytest.mark.slow]) for h in BROKEN]
-)
+@pytest.mark.parametrize("how", everyday(["cut"], of=BROKEN))
 def test_a_broken_backup_is_told(tmp_path, through, how):
     run("accumulated", tmp_path, "epoch", 25)
     BROKEN[how](tmp_path / "backup" / "latest.weights.h5")

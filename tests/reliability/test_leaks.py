@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 
 from keras_tapefit import TapeModel, backward, callbacks, hooks
 from keras_tapefit.training.runtime import runtime_of
@@ -128,7 +129,7 @@ METHODS = {
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=[] if m == "sharpness" else [pytest.mark.slow]) for m in METHODS],
+    everyday(["sharpness"], of=METHODS),
 )
 def test_models_are_let_go(method):
     """With all that they were trained with."""

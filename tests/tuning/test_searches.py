@@ -10,6 +10,7 @@ import keras_tuner
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 
 from keras_tapefit import TapeModel, TapeSequential, callbacks, hooks, tuning
 
@@ -42,7 +43,7 @@ TUNERS = {
 
 @pytest.mark.parametrize(
     "tuner",
-    [pytest.param(t, marks=[] if t == "RandomSearch" else [pytest.mark.slow]) for t in TUNERS],
+    everyday(["RandomSearch"], of=TUNERS),
 )
 def test_tuners_find_the_same_with_and_without_reuse(tuner, search, light, data, all_scores):
     arguments = fit_arguments(data)

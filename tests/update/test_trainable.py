@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from everyday import everyday
 from keras import layers
 
 from keras_tapefit import TapeModel, TapeSequential, hooks
@@ -77,10 +78,7 @@ PLAN = ["", "a norm", "a b norm", "", "c", ""]
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        name if name in ("SGD", "AdamW") else pytest.param(name, marks=pytest.mark.slow)
-        for name in OPTIMIZERS
-    ],
+    everyday(["SGD", "AdamW"], of=OPTIMIZERS),
 )
 def test_frozen_values_and_slots_stay_and_come_back(optimizer):
     """Each epoch against the same updates by hand, the optimizer applied to some only."""
