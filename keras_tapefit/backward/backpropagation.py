@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from keras_tapefit.backward.base import Batch, Computed, GradientMethod, Objective, register
 
 
@@ -17,8 +15,6 @@ class Backpropagation(GradientMethod):
     model.compile("sgd", "mse", backward=backward.Backpropagation())
     ```
     """
-
-    is_linear: ClassVar[bool] = True
 
     def compute(self, objective: Objective, batch: Batch) -> Computed:
         with objective.tape() as tape:

@@ -339,12 +339,10 @@ class GradientMethod:
 
     Subclasses implement `compute`. Where the gradient of a batch is not the mean of
     those of its parts, a subclass sets `takes_parts = False`; where the gradients at layer
-    outputs are not those of the batch, `has_outputs = False`; where those of a multiple of
-    the loss are that multiple, `is_linear = True`.
+    outputs are not those of the batch, `has_outputs = False`.
     """
 
     takes_parts: ClassVar[bool] = True
-    is_linear: ClassVar[bool] = False
     has_outputs: ClassVar[bool] = True
     _live: dict[str, tf.Variable]
 

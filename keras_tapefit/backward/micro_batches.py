@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tapefit.backward.backpropagation import Backpropagation
 from keras_tapefit.backward.base import (
     Batch,
     Computed,
@@ -49,8 +50,8 @@ class MicroBatches(GradientMethod):
     def compute(self, objective: Objective, batch: Batch) -> Computed:
         size = objective.batch_size(batch)
         bounds = _bounds(size, self.num_parts)
-        # Not inherited: a subclass may do other things with a gradient.
-        if vars(type(self.method)).get("is_linear") and not self.keeps_norms:
+        # Of another method the gradient may be no multiple where the loss is.
+        if type(self.method) is Backpropagation and not self.keeps_norms:
             objective = objective.of_parts(size)
         part, sums = self._compute_part(objective, objective.part(batch, *bounds[0]))
         parts, rows = [part], [part.rows]

@@ -202,7 +202,8 @@ class PerExampleClipping(GradientMethod):
         for layer, pairs in calls.gradients(total):
             known = _of_layer(layer, pairs)
             found |= {id(v): gradient for v, gradient in known if id(v) in wanted}
-            factors += [v for given, gradients in pairs for v in (given, *gradients)]
+            both = [v for given, gradients in pairs for v in (given, *gradients)]
+            factors += filter(is_floating, both)
         # The same for all examples.
         constant = [
             g if g is None else _times(wide(to_dense(g)), scale) for g in objective.regularization()
@@ -357,7 +358,7 @@ def _times(value: tf.Tensor, scale: Any) -> tf.Tensor:
 def _norms(
     rows: list[tuple[WeightGradient | None, Any]],
     zeros: tf.Tensor,
-    factors: Sequence[Any],
+    factors: Sequence[tf.Tensor],
     bound: tf.Tensor,
 ) -> tf.Tensor:
     """Returns the norm of the gradient of each example, as far as the bound needs it.
@@ -366,7 +367,7 @@ def _norms(
         rows: for each weight the part that depends on the example, and the one that does
             not, both with the loss scale.
         zeros: of shape `[batch]`.
-        factors: what gradients are products of; those that are no floats do not matter.
+        factors: the floating-point tensors that gradients are products of.
         bound: of the norm, with the loss scale, a scalar.
     """
     known = [(gradient, other) for gradient, other in rows if gradient is not None]
@@ -389,7 +390,7 @@ def _norms(
         # An example that the model has learned has next to no gradient. Of factors of moderate
         # size float32 loses so little that the norm stays below the bound.
         is_far = tf.reduce_all(tf.math.is_finite(plain)) & (bound > 1e-3)
-        for factor in filter(is_floating, factors):
+        for factor in factors:
             is_far &= tf.cast(tf.reduce_max(tf.abs(factor)), tf.float32) < 1e6
         return tf.cond(is_far, lambda: plain, exact)
 

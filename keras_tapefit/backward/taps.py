@@ -298,9 +298,10 @@ def _code(function: Any) -> Any:
     return tf_decorator.unwrap(function)[1].__code__
 
 
-# What runs functions in graphs of their own and in eager mode as they are; and what runs
-# one for an example and computes all. `keras.ops.cond` is the last, if it has a tensor.
+# What traces a function in a graph of its own, and in eager mode simply calls it; and
+# `vectorized_map`, which traces it for a single example.
 _APART = {*map(_code, (while_loop.while_loop, tf.cond, tf.switch_case, tf.case, tf.vectorized_map))}
+# `keras.ops.cond` calls this one, which makes a branch only where the condition is a tensor.
 _MAY_BRANCH = _code(tf.__internal__.smart_cond.smart_cond)
 
 

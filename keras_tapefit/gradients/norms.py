@@ -240,12 +240,9 @@ def shortened(
             product = wide(value)
             if product.dtype not in cast:
                 parts = [factors] if divisors is None else [factors, divisors]
-                cast[product.dtype] = [tf.unstack(tf.cast(v, product.dtype)) for v in parts]
-            if divisors is not None:
-                # A division, for TensorFlow's graph optimizer makes one factor of two: it
-                # multiplies the smaller tensors first.
-                product /= cast[product.dtype][1][number]
-            product = tf.cast(product * cast[product.dtype][0][number], value.dtype)
+                columns = [tf.unstack(tf.cast(v, product.dtype)) for v in parts]
+                cast[product.dtype] = list(zip(*columns, strict=True))
+            product = tf.cast(times(product, *cast[product.dtype][number]), value.dtype)
             # Not the product with 1: it loses the smallest floats.
             found.append(tf.where(flags[number], product, value) if select else product)
         return found
@@ -283,11 +280,12 @@ def root_of_factor(length: Length, bound: Any) -> tf.Tensor:
     return tf.where(exceeds, tf.sqrt(bound / size) / tf.sqrt(unit), 1.0)
 
 
-def times_twice(value: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
-    """Multiplies by a factor whose root is given, in two steps."""
-    # A division, for TensorFlow's graph optimizer makes one factor of two: it multiplies
+def times(value: tf.Tensor, factor: tf.Tensor, divisor: tf.Tensor | None = None) -> tf.Tensor:
+    """Multiplies by `factor / divisor`, which may be too small for a float, in two steps."""
+    # Not by two factors: TensorFlow's graph optimizer makes one of them, for it multiplies
     # the smaller tensors first.
-    return value / tf.cast(1.0 / root, value.dtype) * tf.cast(root, value.dtype)
+    value = value if divisor is None else value / tf.cast(divisor, value.dtype)
+    return value * tf.cast(factor, value.dtype)
 
 
 def clamped(values: Sequence[tf.Tensor], bound: Any) -> list[tf.Tensor]:

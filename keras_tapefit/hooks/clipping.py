@@ -19,7 +19,7 @@ from keras_tapefit.gradients.norms import (
     clamped,
     root_of_factor,
     shortened,
-    times_twice,
+    times,
     wide,
 )
 from keras_tapefit.gradients.sparse import to_dense, values_of
@@ -335,7 +335,7 @@ class AdaptiveClipping(ClippingHook):
             sizes = tf.maximum(axes_norm(tf.convert_to_tensor(weights), axes), 1e-3)
             bounds = max_ratio * tf.cast(sizes, tf.float64)
             root = root_of_factor(axes_length(gradient, axes), bounds)
-            product = tf.cast(times_twice(wide(gradient), root), gradient.dtype)
+            product = tf.cast(times(wide(gradient), root, 1.0 / root), gradient.dtype)
             return tf.where(root < 1.0, product, gradient)
 
         axes = [tuple(self.unit(v).axes) for v in gradients.variables]

@@ -59,11 +59,13 @@ def line(workload: str, side: str, goal: str, r: timing.Ratio) -> tuple[str, ...
 def first_steps(rounds: int) -> Lines:
     """Trace and first execution of a train function, new models each time."""
     yield "workload", "with", "CPU", "wall", "goal", "CPU ms", "stock"
-    stack, resnet = workloads.dense_stack(100), workloads.resnet()
-    for workload, goals in ((stack, ("0.25", "0.30")), (resnet, ("0.40", "0.40"))):
-        for name in ("Adam", "AdamW"):
-            if workload is resnet and name == "AdamW":
-                goals = ("0.45", "0.45")
+    of_stack = {"Adam": ("0.25", "0.30"), "AdamW": ("0.25", "0.30")}
+    of_resnet = {"Adam": ("0.40", "0.40"), "AdamW": ("0.45", "0.45")}
+    for workload, by_name in (
+        (workloads.dense_stack(100), of_stack),
+        (workloads.resnet(), of_resnet),
+    ):
+        for name, goals in by_name.items():
             make = getattr(keras.optimizers, name)
             times: dict[str, list[Any]] = {"stock": [], "no hooks": [], "three hooks": []}
             for _ in range(rounds):
