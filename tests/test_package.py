@@ -84,7 +84,7 @@ def test_every_hook_is_exported_and_explained():
     assert len(found) >= 15
     for hook in found:
         assert getattr(hooks, hook.__name__, None) is hook, f"{hook} is not exported"
-        for part in ("    Args:\n", "    Example:\n", "```python"):
+        for part in ("Args:\n", "Example:\n", "```python"):
             assert part in (hook.__doc__ or ""), f"{hook.__name__}: no {part.strip()}"
         registered = keras.saving.get_registered_name(hook)
         assert registered == f"keras_tapefit>{hook.__name__}"

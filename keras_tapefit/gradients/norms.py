@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+
+from keras_tapefit.gradients.xla import is_in_xla
 
 
 class Length(NamedTuple):
@@ -125,7 +125,7 @@ def separate_norms(values: Sequence[tf.Tensor]) -> tf.Tensor:
 def _are_few(values: Sequence[tf.Tensor]) -> bool:
     """Whether a copy of all elements costs less than a branch."""
     sizes = [value.shape.num_elements() for value in values]
-    return not _mode.in_xla and None not in sizes and sum(sizes) <= _FEW
+    return not is_in_xla() and None not in sizes and sum(sizes) <= _FEW
 
 
 _FEW = 2**16
@@ -138,25 +138,8 @@ def _common_dtype(values: Sequence[tf.Tensor]) -> tf.DType:
     return tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
 
 
-class _Mode(threading.local):
-    in_xla = False
-
-
-_mode = _Mode()
-
-
-@contextlib.contextmanager
-def in_xla() -> Iterator[None]:
-    """Has norms computed as suits a program that XLA compiles."""
-    before, _mode.in_xla = _mode.in_xla, True
-    try:
-        yield
-    finally:
-        _mode.in_xla = before
-
-
 def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    if not _mode.in_xla:
+    if not is_in_xla():
         return 2.0 * tf.add_n([tf.nn.l2_loss(value) for value in values])
     # On a CPU, XLA adds up all elements one after the other, and columns side by side.
     # The root between keeps it from making one sum of the two.
@@ -247,8 +230,8 @@ def shortened(
             found.append(tf.where(flags[number], product, value) if select else product)
         return found
 
-    if _are_few(values):
-        # Branches would cost more than the values do.
+    if is_in_xla() or _are_few(values):
+        # Branches would cost more than the values do; XLA takes minutes for some.
         factors = tf.where(is_plain, roots * roots, roots)
         return scaled(factors, tf.where(is_plain, tf.ones_like(roots), 1.0 / roots), True)
     several = len(pairs) > 1

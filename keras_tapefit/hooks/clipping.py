@@ -13,7 +13,6 @@ import tensorflow as tf
 from keras_tapefit.gradients import Gradients, Targets
 from keras_tapefit.gradients.checks import check_bool
 from keras_tapefit.gradients.norms import (
-    Length,
     axes_length,
     axes_norm,
     clamped,
@@ -40,17 +39,29 @@ def shorten(gradients: Gradients, places: Sequence[Any], bounds: dict[Any, Any])
         places: of each variable; those of one place are scaled together.
         bounds: of the norm at each place, scalars, positive or infinite.
     """
-    lengths: dict[Any, Length] = {}
-    for place in bounds:
-        members = gradients._subset([i for i, p in enumerate(places) if p == place])
-        members = gradients if len(members) == len(gradients) else members
-        lengths[place] = members._length_and_finite()[0]
-    present = [p for g, p in zip(gradients.values(), places, strict=True) if g is not None]
-
-    def scaled(values: list[tf.Tensor]) -> list[tf.Tensor]:
-        return shortened(values, [lengths[p] for p in present], [bounds[p] for p in present])
-
-    return gradients._with_stored(scaled)
+    unique = gradients.with_unique_rows()
+    groups = [unique]
+    if len(bounds) != 1:
+        members = [[i for i, p in enumerate(places) if p == place] for place in bounds]
+        groups = [unique._subset(chosen) for chosen in members]
+    numbers = [group._numbers() for group in groups]
+    lengths = [group._length_and_finite()[0] for group in groups]
+    rows = list(zip(numbers, lengths, bounds.values(), strict=True))
+    changed = iter(
+        shortened(
+            [value for values in numbers for value in values],
+            [length for values, length, _ in rows for _ in values],
+            [bound for values, _, bound in rows for _ in values],
+        )
+    )
+    shorter = [
+        group._with_numbers([next(changed) for _ in values])
+        for group, values in zip(groups, numbers, strict=True)
+    ]
+    if len(shorter) == 1:
+        return shorter[0]
+    pairs = [pair for group in shorter for pair in group.pairs()]
+    return unique.updated(Gradients(pairs, unique_rows=True))
 
 
 class ClippingHook(GradientHook):
@@ -230,8 +241,8 @@ class ValueClipping(ClippingHook):
         self.max_value = max_value
 
     def clip(self, gradients: Gradients) -> Gradients:
-        max_value = self.max_value
-        return gradients._with_stored(lambda values: clamped(values, max_value))
+        unique = gradients.with_unique_rows()
+        return unique._with_numbers(clamped(unique._numbers(), self.max_value))
 
 
 @keras.saving.register_keras_serializable("keras_tapefit")

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.backward.base import Computed
+from keras_tapefit.gradients.xla import in_xla
 from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.training import keras_trainer, losses
 from keras_tapefit.training.runtime import Runtime
@@ -18,7 +19,7 @@ from keras_tapefit.update import replicas
 from keras_tapefit.update.compiled import make_update_compiled
 from keras_tapefit.update.making import Outcome, accumulate, close, log, make_update
 from keras_tapefit.update.records import StepRecord
-from keras_tapefit.update.rollback import Rollback, undoing_updates
+from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.window import Window
 
 
@@ -88,7 +89,7 @@ class Step:
             self.report(LogEntry(self.runtime.model, name, value, "mean", weight))
         if computed.taps:
             self._entries_of_step.extend(self.runtime.see_outputs(computed))
-        with undoing_updates(bool(self.runtime.model.jit_compile)):
+        with in_xla(bool(self.runtime.model.jit_compile)):
             outcome = self._outcome(computed, optimizer, scaled)
         self._entries_of_step.extend(outcome.entries)
         if outcome.accepted is not None:

@@ -7,11 +7,10 @@ from typing import Any
 import tensorflow as tf
 
 from keras_tapefit.gradients import Gradients
-from keras_tapefit.gradients.norms import in_xla
+from keras_tapefit.gradients.xla import in_xla
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.step import LogEntry
 from keras_tapefit.update.making import Outcome, make_update
-from keras_tapefit.update.rollback import undoing_updates
 from keras_tapefit.update.watch import Watch
 
 
@@ -39,7 +38,7 @@ def make_update_compiled(
 
     def body(values: Any, loss: Any, norms: Any) -> Any:
         given = gradients.with_present(values)
-        with in_xla(), undoing_updates(True):
+        with in_xla():
             outcome = make_update(given, optimizer, hooks, scaled, loss, norms, watch)
         made.append(outcome)
         reported = [(r.value, tf.cast(r.weight, tf.float32)) for r in outcome.entries]

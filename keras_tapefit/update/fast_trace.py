@@ -4,12 +4,12 @@ Keras traces the update of each variable again, some 65 operations with Adam, wh
 deep network is most of the time before the first step. Here it is traced once for each
 kind of variable (its shape and dtype, those of its slots and of its gradient), and the
 operations are then copied for the other variables of the kind, with their own
-handles instead of those that the trace captured. All copies of one `apply` are imported at once:
-each import looks at every node of the graph. What depends on no variable, such as Adam's
-powers of beta, is in the graph once a kind instead of once a variable. No optimizer's
-mathematics is written again, so it works for any optimizer, one of the user's own too.
-Where it cannot be shown that two variables are treated alike, Keras's own tracing takes
-over.
+handles instead of those that the trace captured; small variables share them where they
+can (`copies.py`). All copies of one `apply` are imported at once: each import looks at every
+node of the graph. What depends on no variable, such as Adam's powers of beta, is in the
+graph once instead of once a variable. No optimizer's mathematics is written again, so it
+works for any optimizer, one of the user's own too. Where it cannot be shown that two
+variables are treated alike, Keras's own tracing takes over.
 
 `optimizer.trace_update_once = False` turns it off for an optimizer.
 
@@ -33,31 +33,23 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tapefit.update.copies import Copies, Differs, Template, is_computed_by_element
+
 # What an optimizer may ask a variable for without learning which one it is.
 _ALIKE = frozenset(
     "shape dtype assign assign_add assign_sub scatter_add scatter_sub scatter_update "
     "value read_value ndim numpy __class__ __array_priority__ __dict__ "
     "_should_act_as_resource_variable".split()
 )
-# What an update may be made of besides operations without side effects.
-_READS = frozenset({"ReadVariableOp", "ResourceGather"})
-_WRITES = frozenset(
-    {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
-    | {f"ResourceScatter{kind}" for kind in ("Add", "Sub", "Update")}
-)
 # Attributes that have to do with all variables and not with one after the other.
 _NOT_BY_INDEX = ("_variables", "_trainable_variables", "_trainable_variables_indices")
-
-
-class _Differs(Exception):
-    """The update of a variable may differ from that of another one like it."""
 
 
 class _Index(int):
     """The place of a variable, good for looking into lists and for nothing else."""
 
     def _refuse(self, *_: Any) -> Any:
-        raise _Differs
+        raise Differs
 
     __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = _refuse
@@ -105,16 +97,16 @@ class _UpdateStep:
         self._optimizer = optimizer
         self._original = optimizer.update_step
         self._all_steps = optimizer._distributed_tf_update_step
-        self._copies: _Copies | None = None
+        self._copies: Copies | None = None
         self._index = optimizer._get_variable_index
         self._by_index = _lists_by_index(optimizer)
         self._functions: dict[Any, _Function] = {}
-        self._counts: dict[Any, int] = {}
+        self._templates: dict[Any, Template] = {}
         self._gave_up = self._by_index is None
 
     def all_steps(self, *args: Any, **kwargs: Any) -> None:
         """Updates all variables, as Keras does, and makes the copies at the end."""
-        self._copies = _Copies()
+        self._copies = Copies()
         try:
             self._all_steps(*args, **kwargs)
             self._copies.make()
@@ -126,7 +118,7 @@ class _UpdateStep:
             try:
                 self._call(gradient, variable, learning_rate)
                 return
-            except _Differs:
+            except Differs:
                 self._gave_up = True
         self._original(gradient, variable, learning_rate)
 
@@ -145,7 +137,8 @@ class _UpdateStep:
             self._functions[kind] = _Function(
                 self._optimizer, self._original, index, row, gradient, variable, learning_rate
             )
-        copies = self._copies or _Copies()
+            self._functions[kind].share(self._templates)
+        copies = self._copies or Copies()
         self._functions[kind](gradient, variable, row, copies)
         if self._copies is None:
             copies.make()
@@ -155,7 +148,7 @@ class _Function:
     """The update of one kind of variable, to be copied for each.
 
     Raises:
-        _Differs: when it may be another one for another variable of the kind.
+        Differs: when it may be another one for another variable of the kind.
     """
 
     def __init__(
@@ -181,22 +174,31 @@ class _Function:
             function = tf.function(body, autograph=False).get_concrete_function(spec)
         except Exception as error:
             # Keras's own tracing shows what is wrong, if anything is.
-            raise _Differs from error
+            raise Differs from error
         finally:
             vars(optimizer).pop("_get_variable_index", None)
             if "_get_variable_index" in before:
                 optimizer.__dict__["_get_variable_index"] = before["_get_variable_index"]
             changed = _restore(optimizer, before)
         if changed:
-            raise _Differs
+            raise Differs
         shared = [learning_rate, *before.values()]
         own, common = _captures(function, [variable, *row], shared)
         self._own = {function.inputs[0].name: 0, **own}
-        self._copy = _Copy(function.graph, set(self._own), common)
+        self._template = Template(function.graph, list(self._own), common)
+        self._joinable = self._template.can_be_shared(gradient.shape)
 
-    def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: _Copies) -> None:
+    def share(self, templates: dict[Any, Template]) -> None:
+        """Takes the template of another kind of variable where it is the same."""
+        places = tuple(sorted(self._own.items()))
+        key = id(self._kept[0]), places, self._template.key()
+        self._template = templates.setdefault(key, self._template)
+
+    def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: Copies) -> None:
         values = [gradient, _handle(variable), *map(_handle, row)]
-        self._copy({name: values[place] for name, place in self._own.items()}, copies)
+        tensors = {name: values[place] for name, place in self._own.items()}
+        joinable = self._joinable and not is_computed_by_element(gradient)
+        copies.add(self._template, tensors, gradient.shape, joinable)
 
 
 def _captures(
@@ -216,120 +218,12 @@ def _captures(
     own_names, common_tensors = {}, {}
     for outer, inner in zip(outside, inside, strict=True):
         if (id(outer) in places) == (id(outer) in common):
-            raise _Differs
+            raise Differs
         if id(outer) in places:
             own_names[inner.name] = places[id(outer)]
         else:
             common_tensors[inner.name] = outer
     return own_names, common_tensors
-
-
-class _Copy:
-    """Copies the operations of a graph into the current one.
-
-    Args:
-        graph: reads what is given and writes to what is replaced, nothing else.
-        replaced: names of the tensors that differ from copy to copy.
-        given: by name, the tensors that are the same for all copies.
-
-    Raises:
-        _Differs: when the graph does something else.
-    """
-
-    def __init__(self, graph: tf.Graph, replaced: set[str], given: dict[str, Any]) -> None:
-        self._given = given
-        self._shared: dict[str, tf.Tensor] | None = None
-        once: set[str] = set()
-        several: set[str] = set()
-        for op in graph.get_operations():
-            if op.type == "Placeholder":
-                continue
-            of_all = all(t.op.name in once or t.name in given for t in op.inputs)
-            (once if of_all else several).add(op.name)
-            if op.type in _READS or (op.type in _WRITES and op.inputs[0].name in replaced):
-                continue
-            if op.op_def.is_stateful or any("func" in a.type for a in op.op_def.attr):
-                raise _Differs(op.type)
-        definition = graph.as_graph_def()
-        self._once = _part(definition, once)
-        self._several = _part(definition, several)
-        used = {_tensor_name(name) for node in self._several.node for name in node.input}
-        self._handed_on = sorted(used - replaced - {f"{n.name}:0" for n in self._several.node})
-        self._handed_on = [n for n in self._handed_on if n.split(":")[0] in once or n in given]
-
-    def __call__(self, replacements: dict[str, Any], copies: _Copies) -> None:
-        if self._shared is None:
-            given = {name: _in_graph(tensor) for name, tensor in self._given.items()}
-            made = [name for name in self._handed_on if name not in given]
-            tensors = _import(self._once, given, made)
-            self._shared = {**given, **dict(zip(made, tensors, strict=True))}
-        inputs = {name: _in_graph(tensor) for name, tensor in replacements.items()}
-        copies.add(self._several, {**self._shared, **inputs})
-
-
-class _Copies:
-    """Copies of some operations, each with its own inputs, that go into a graph at once."""
-
-    def __init__(self) -> None:
-        self._definition = tf.compat.v1.GraphDef()
-        self._tensors: dict[str, Any] = {}
-        self._count = 0
-
-    def add(self, part: Any, tensors: dict[str, Any]) -> None:
-        """Adds a copy of `part`, whose other inputs are `tensors` by name."""
-        self._count += 1
-        self._definition.versions.CopyFrom(part.versions)
-        for node in part.node:
-            copied = self._definition.node.add()
-            copied.CopyFrom(node)
-            copied.name = f"{self._count}/{node.name}"
-            for place, name in enumerate(node.input):
-                is_control = name.startswith("^")
-                renamed = f"^{self._count}/{name[1:]}" if is_control else f"{self._count}/{name}"
-                copied.input[place] = renamed
-                if not is_control and _tensor_name(name) in tensors:
-                    self._tensors[_tensor_name(renamed)] = tensors[_tensor_name(name)]
-
-    def make(self) -> None:
-        """Puts the copies into the current graph."""
-        if self._count:
-            _import(self._definition, self._tensors, [])
-
-
-def _part(definition: Any, names: set[str]) -> Any:
-    """Returns the nodes of a graph with these names, without ties to other nodes."""
-    part = tf.compat.v1.GraphDef(versions=definition.versions)
-    for node in definition.node:
-        if node.name not in names:
-            continue
-        copied = part.node.add()
-        copied.CopyFrom(node)
-        del copied.input[:]
-        copied.input.extend(
-            name for name in node.input if not name.startswith("^") or name[1:] in names
-        )
-        copied.attr.pop("_class", None)
-    return part
-
-
-def _import(part: Any, tensors: dict[str, Any], outputs: list[str]) -> list[tf.Tensor]:
-    used = {_tensor_name(name) for node in part.node for name in node.input}
-    inputs = {name: tensor for name, tensor in tensors.items() if name in used}
-    found = tf.graph_util.import_graph_def(part, inputs, outputs, name="update")
-    return list(found or ())
-
-
-def _tensor_name(name: str) -> str:
-    return name if ":" in name or name.startswith("^") else f"{name}:0"
-
-
-def _in_graph(tensor: Any) -> tf.Tensor:
-    if tensor.dtype == tf.resource:
-        # It must stay what it is, or the order of what is done to it would be lost.
-        return tf.convert_to_tensor(tensor)
-    # An identity brings a tensor from outside a branch into it.
-    inside = getattr(tensor, "graph", None) is tf.compat.v1.get_default_graph()
-    return tensor if inside else tf.identity(tensor)
 
 
 def _lists_by_index(optimizer: Any) -> list[Any] | None:
@@ -352,7 +246,9 @@ def _lists_by_index(optimizer: Any) -> list[Any] | None:
             found.append(value)
         if any(isinstance(v, list | tuple | dict | np.ndarray) for v in value):
             return None
-    return found
+    # What several variables write to is another thing for each of them.
+    slots = [id(_handle(v)) for values in found for v in values if _is_variable(v)]
+    return found if len(set(slots)) == len(slots) else None
 
 
 def _kind(value: Any) -> Any:
@@ -405,7 +301,7 @@ def _anonymous(cls: Any) -> type:
         if name not in _ALIKE:
             asking = sys._getframe(1).f_globals.get("__name__", "")
             if not asking.startswith("tensorflow."):
-                raise _Differs(name)
+                raise Differs(name)
         return cls.__getattribute__(self, name)
 
     return type(cls.__name__, (cls,), {"__getattribute__": get})

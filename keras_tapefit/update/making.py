@@ -12,12 +12,13 @@ import tensorflow as tf
 from keras_tapefit.backward.base import Computed
 from keras_tapefit.gradients import Gradients
 from keras_tapefit.gradients.sparse import to_dense
+from keras_tapefit.gradients.xla import is_in_xla
 from keras_tapefit.hooks import HookList
 from keras_tapefit.hooks.log_entries import LogEntries
 from keras_tapefit.hooks.step import LogEntry, Parts, Step
 from keras_tapefit.update import optimizers, replicas
 from keras_tapefit.update.records import Records
-from keras_tapefit.update.rollback import Rollback, undoes_updates
+from keras_tapefit.update.rollback import Rollback
 from keras_tapefit.update.watch import Seen, Watch
 from keras_tapefit.update.window import Window
 
@@ -102,7 +103,7 @@ def make_update(
         watch.updating(variables)
 
     after_update = hooks.watch_update(variables, step)
-    if undoes_updates():
+    if is_in_xla():
         _apply_undoing(optimizer, gradients, admitted, finite)
     else:
         if dynamic:
@@ -308,7 +309,13 @@ def _apply(optimizer: Any, gradients: Gradients, admitted: tf.Tensor | None) -> 
     if admitted is None:
         apply(gradients.present())
     else:
-        replicas.when(admitted, apply, gradients.present())
+        # Joined: a branch takes what it reads one by one.
+        joined = gradients._joined()
+
+        def update(pieces: Sequence[Any]) -> None:
+            apply(joined.with_pieces(pieces).divided())
+
+        replicas.when(admitted, update, joined.pieces)
 
 
 def _apply_undoing(

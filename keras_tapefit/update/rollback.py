@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -33,29 +31,3 @@ class Rollback:
 
 def _value(variable: Any) -> Any:
     return variable if isinstance(variable, tf.Variable) else variable.value
-
-
-class _Mode(threading.local):
-    in_xla = False
-
-
-_mode = _Mode()
-
-
-@contextlib.contextmanager
-def undoing_updates(when: bool) -> Iterator[None]:
-    """Has a gate undo an update instead of branching around it: where XLA compiles it.
-
-    In a branch, XLA on CPUs has reads after the update give what was before it
-    (TensorFlow 2.21, RMSprop with momentum and a hook that reads the weights).
-    """
-    before, _mode.in_xla = _mode.in_xla, when or _mode.in_xla
-    try:
-        yield
-    finally:
-        _mode.in_xla = before
-
-
-def undoes_updates() -> bool:
-    """Whether this code is inside `undoing_updates`."""
-    return _mode.in_xla

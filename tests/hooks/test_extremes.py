@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_tapefit import Gradients, TapeModel, hooks
-from keras_tapefit.gradients import norms
+from keras_tapefit.gradients import norms, xla
 from keras_tapefit.hooks.step import Step
 
 pytestmark = pytest.mark.slow
@@ -283,7 +283,7 @@ def test_norms_of_any_shape(shape, in_xla):
     values = np.arange(1.0, 1.0 + np.prod(shape, dtype=int)).reshape(shape).astype("float32")
 
     def both(v):
-        with norms.in_xla() if in_xla else contextlib.nullcontext():
+        with xla.in_xla() if in_xla else contextlib.nullcontext():
             return norms.joint_norm([v, tf.constant(3.0)]), norms.separate_norms([v])
 
     joint, separate = tf.function(both, jit_compile=in_xla)(tf.constant(values))

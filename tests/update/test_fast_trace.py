@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tapefit import TapeModel, hooks
-from keras_tapefit.update import fast_trace, optimizers
+from keras_tapefit.update import copies, fast_trace, optimizers
 
 SHAPES = [(4, 3), (3,), (4, 3), (3,), (3, 4), (), (2, 3, 4), (2, 3, 4)]
 
@@ -217,12 +217,127 @@ def test_the_private_names_of_keras_are_as_expected():
 def test_all_copies_of_an_apply_are_imported_at_once(monkeypatch):
     """Each import looks at all nodes of the graph: one by one they take quadratic time."""
     imports = []
-    make = fast_trace._Copies.make
+    make = copies.Copies.make
 
     def counted(self):
-        imports.append(self._count)
+        imports.append(sum(len(m) for _, m in self._joinable.values()))
         make(self)
 
-    monkeypatch.setattr(fast_trace._Copies, "make", counted)
+    monkeypatch.setattr(copies.Copies, "make", counted)
     train(keras.optimizers.Adam(), True, num_steps=1)
     assert imports == [len(SHAPES)]
+
+
+class Program(keras.optimizers.Optimizer):
+    """An optimizer whose update is made up at random, of operations on each element."""
+
+    def __init__(self, seed):
+        super().__init__(0.1)
+        self.seed = seed
+
+    def build(self, variables):
+        super().build(variables)
+        self.firsts = [self.add_variable_from_reference(v, "first") for v in variables]
+        self.seconds = [self.add_variable_from_reference(v, "second") for v in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        rng = np.random.default_rng(self.seed)
+        index = self._get_variable_index(variable)
+        held = [variable, self.firsts[index], self.seconds[index]]
+        values = [gradient]
+
+        def pick():
+            read = rng.integers(3)
+            return values[rng.integers(len(values))] if rng.random() < 0.6 else held[read] + 0.0
+
+        for _ in range(10):
+            a, b, c = pick(), pick(), [learning_rate, 0.9, 0.1, 1.5][rng.integers(4)]
+            made = [
+                lambda a, b, c: a + b,
+                lambda a, b, c: a - b,
+                # Of a longer product TensorFlow takes the factors in any order.
+                lambda a, b, c: keras.ops.clip(a, -3.0, 3.0) * c,
+                lambda a, b, c: keras.ops.clip(a, -3.0, 3.0) * keras.ops.clip(b, -3.0, 3.0),
+                lambda a, b, c: a / (keras.ops.absolute(b) + 1.0),
+                lambda a, b, c: keras.ops.sqrt(keras.ops.absolute(a)) + c,
+                lambda a, b, c: keras.ops.maximum(a, b),
+                lambda a, b, c: keras.ops.clip(a, -1.0, 1.0),
+            ][rng.integers(8)](a, b, c)
+            values.append(keras.ops.convert_to_tensor(made))
+            if rng.random() < 0.6:
+                write = [self.assign, self.assign_add, self.assign_sub][rng.integers(3)]
+                write(held[rng.integers(3)], keras.ops.clip(pick(), -2.0, 2.0))
+        self.assign_sub(variable, keras.ops.clip(values[-1], -3.0, 3.0) * learning_rate)
+
+
+@pytest.fixture
+def joints(monkeypatch):
+    """The number of variables in each copy that several share."""
+    found = []
+    add = copies._Joint.add
+
+    def noted(self):
+        found.append(len(self._members))
+        add(self)
+
+    monkeypatch.setattr(copies._Joint, "add", noted)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_variables_share_operations_bit_for_bit(seed, joints):
+    fast, used = train(Program(seed), True, num_steps=3)
+    stock, _ = train(Program(seed), False, num_steps=3)
+    assert_equal_bitwise(fast, stock)
+    assert not used._gave_up
+    # (4, 3) twice, (3,) twice, (2, 3, 4) twice; () and (3, 4) have none like them.
+    assert joints == [2, 2, 2] * 3 or joints == [2, 2, 2]
+
+
+class SharedSlot(Program):
+    """An optimizer that keeps one slot for all variables of a shape."""
+
+    def build(self, variables):
+        super().build(variables)
+        by_shape = {}
+        self.firsts = [
+            by_shape.setdefault(tuple(v.shape), first)
+            for v, first in zip(variables, self.firsts, strict=True)
+        ]
+
+
+def test_a_slot_that_variables_share_is_followed(joints):
+    fast, used = train(SharedSlot(0), True, num_steps=3)
+    stock, _ = train(SharedSlot(0), False, num_steps=3)
+    assert_equal_bitwise(fast, stock)
+    assert used._gave_up
+    assert not joints
+
+
+def test_variables_are_joined_up_to_a_number_of_elements(joints, monkeypatch):
+    monkeypatch.setattr(copies, "_ROOM", 30)
+    monkeypatch.setattr(copies, "_SMALL", 20)
+    fast, _ = train(keras.optimizers.Adam(), True)
+    stock, _ = train(keras.optimizers.Adam(), False)
+    assert_equal_bitwise(fast, stock)
+    # 24 elements are too many for one, and 2 · 12 for the room that 3 + 3 leave.
+    assert joints == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["Lamb", "Adafactor", "RMSprop", "Adagrad", "Muon", "Ftrl"])
+def test_an_update_that_needs_its_variable_whole_is_not_shared(name, joints):
+    """Norms and means are over one variable; reciprocal roots do not round exactly."""
+    fast, _ = train(ALL[name](), True)
+    stock, _ = train(ALL[name](), False)
+    assert_equal_bitwise(fast, stock)
+    # Muon updates all but matrices as Adam does.
+    assert joints == ([2, 2] if name == "Muon" else [])
+
+
+@pytest.mark.parametrize("arguments", [{"global_clipnorm": 0.1}, {"clipvalue": 0.1}])
+def test_what_made_a_gradient_stays_next_to_its_update(arguments, joints):
+    """TensorFlow multiplies scalars first, which another operation between prevents."""
+    fast, _ = train(keras.optimizers.SGD(0.3, **arguments), True)
+    stock, _ = train(keras.optimizers.SGD(0.3, **arguments), False)
+    assert_equal_bitwise(fast, stock)
+    assert not joints
