@@ -34,7 +34,9 @@ _EXACT = frozenset(
 _TAKEN_OUT = frozenset(
     "EnsureShape Identity IdentityN PreventGradient Reshape StopGradient".split()
 )
-_ADDITIVE = frozenset({"Add", "AddN", "AddV2", "Neg", "Sub"})
+# Those that it may put together, so that they round in another order.
+_SUM = frozenset({"Add", "AddN", "AddV2", "Neg", "Sub"})
+_PRODUCT = frozenset("DivNoNan Mul MulNoNan Neg RealDiv Reciprocal Sqrt Rsqrt".split())
 # Of the elements of a variable, beyond which its copy costs more than the operations, and of
 # those that are joined, so that they stay in a processor's cache.
 _SMALL = 2**11
@@ -101,10 +103,24 @@ class Template:
             return False
         return all(self._treats_elements_alike(op, shape) for op in self._operations)
 
-    def adds_to(self, name: str) -> bool:
-        """Whether what an operation gives is a term of a sum."""
-        users = [o for o in self._operations for t in o.inputs if t.op.name == name]
-        return any(op.type in _ADDITIVE for op in users)
+    def may_merge(self, name: str, op_type: str) -> bool:
+        """Whether TensorFlow may put operations together, which then round differently.
+
+        Args:
+            name: of a tensor.
+            op_type: what it is made by, where a joined tensor would stand between that
+                and what is computed of it.
+        """
+        users = [op for op in self._operations for t in op.inputs if t.name == name]
+        for op in users:
+            if op.type in _TAKEN_OUT and self.may_merge(op.outputs[0].name, op_type):
+                return True
+            both_sums = op_type in _SUM and op.type in _SUM
+            # A factor that terms have in common may be taken out of their sum.
+            is_product = op_type in _PRODUCT and op.type in _PRODUCT | {"Add", "AddN", "AddV2"}
+            if both_sums or is_product:
+                return True
+        return False
 
     def _treats_elements_alike(self, op: tf.Operation, shape: tf.TensorShape) -> bool:
         values = [t for t in op.inputs if t.dtype != tf.resource]
@@ -147,7 +163,7 @@ class Copies:
         self._nodes = _Nodes()
         self._tensors: dict[str, Any] = {}
         self._count = 0
-        self._joinable: dict[Any, tuple[Template, list[_Member]]] = {}
+        self._waiting: dict[Any, tuple[Template, list[_Member]]] = {}
 
     def add(self, template: Template, tensors: dict[str, Any], shape: Any, joinable: bool) -> None:
         """Adds a copy.
@@ -162,11 +178,11 @@ class Copies:
         # Along the first axis they can be joined as they are.
         places = [t.device for t in member.tensors.values() if t.dtype == tf.resource]
         kind = (id(template), tuple(shape[1:]), *places) if joinable else object()
-        self._joinable.setdefault(kind, (template, []))[1].append(member)
+        self._waiting.setdefault(kind, (template, []))[1].append(member)
 
     def make(self) -> None:
         """Puts the copies into the current graph."""
-        for template, members in self._joinable.values():
+        for template, members in self._waiting.values():
             for group in _divided(members):
                 self._make(template, group)
         if self._count:
@@ -251,7 +267,7 @@ class _Joint:
         # By handle: the joined tensor that the variables hold now, where it is known, and
         # whether it is a sum.
         self._held: dict[str, tuple[str, bool]] = {}
-        self._divided: dict[str, list[str]] = {}
+        self._pieces: dict[str, list[str]] = {}
         # Nodes that there are one each of, and those left out.
         self._apart: set[str] = set()
         self._left_out: set[str] = set()
@@ -269,9 +285,8 @@ class _Joint:
 
     def _read(self, node: Any) -> None:
         handle, dtype = node.input[0], tf.as_dtype(node.attr["dtype"].type)
-        # TensorFlow may put a sum and one of its terms together in another order.
         known, is_sum = self._held.get(handle, ("", False))
-        if known and not (is_sum and self._template.adds_to(node.name)):
+        if known and not (is_sum and self._template.may_merge(f"{node.name}:0", "AddV2")):
             self._left_out.add(node.name)
         else:
             parts = [
@@ -320,19 +335,19 @@ class _Joint:
         )
 
     def _divide(self, value: str, dtype: tf.DType) -> list[str]:
-        if value not in self._divided:
+        if value not in self._pieces:
             name, number = f"{value.split(':')[0]}.divided", len(self._each)
             inputs = [value, self._sizes, self._axis]
             self._nodes.add("SplitV", name, inputs, num_split=number, T=dtype, Tlen=tf.int32)
-            self._divided[value] = [f"{name}:{i}" for i in range(number)]
-        return self._divided[value]
+            self._pieces[value] = [f"{name}:{i}" for i in range(number)]
+        return self._pieces[value]
 
 
-def is_computed_by_element(tensor: tf.Tensor) -> bool:
-    """Whether TensorFlow may put the operation that made a tensor together with the next."""
+def maker(tensor: tf.Tensor) -> str:
+    """Returns the type of the operation that made a tensor."""
     while tensor.op.type in _TAKEN_OUT:
         tensor = tensor.op.inputs[tensor.value_index]
-    return tensor.op.type in _EXACT
+    return tensor.op.type
 
 
 def _divided(members: Sequence[_Member]) -> list[list[_Member]]:

@@ -33,7 +33,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tapefit.update.copies import Copies, Differs, Template, is_computed_by_element
+from keras_tapefit.update.copies import Copies, Differs, Template, maker
 
 # What an optimizer may ask a variable for without learning which one it is.
 _ALIKE = frozenset(
@@ -184,7 +184,8 @@ class _Function:
             raise Differs
         shared = [learning_rate, *before.values()]
         own, common = _captures(function, [variable, *row], shared)
-        self._own = {function.inputs[0].name: 0, **own}
+        self._gradient = function.inputs[0].name
+        self._own = {self._gradient: 0, **own}
         self._template = Template(function.graph, list(self._own), common)
         self._joinable = self._template.can_be_shared(gradient.shape)
 
@@ -197,8 +198,8 @@ class _Function:
     def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: Copies) -> None:
         values = [gradient, _handle(variable), *map(_handle, row)]
         tensors = {name: values[place] for name, place in self._own.items()}
-        joinable = self._joinable and not is_computed_by_element(gradient)
-        copies.add(self._template, tensors, gradient.shape, joinable)
+        is_apart = not self._template.may_merge(self._gradient, maker(gradient))
+        copies.add(self._template, tensors, gradient.shape, self._joinable and is_apart)
 
 
 def _captures(

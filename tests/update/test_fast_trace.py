@@ -220,7 +220,7 @@ def test_all_copies_of_an_apply_are_imported_at_once(monkeypatch):
     make = copies.Copies.make
 
     def counted(self):
-        imports.append(sum(len(m) for _, m in self._joinable.values()))
+        imports.append(sum(len(m) for _, m in self._waiting.values()))
         make(self)
 
     monkeypatch.setattr(copies.Copies, "make", counted)
@@ -334,10 +334,40 @@ def test_an_update_that_needs_its_variable_whole_is_not_shared(name, joints):
     assert joints == ([2, 2] if name == "Muon" else [])
 
 
-@pytest.mark.parametrize("arguments", [{"global_clipnorm": 0.1}, {"clipvalue": 0.1}])
-def test_what_made_a_gradient_stays_next_to_its_update(arguments, joints):
+@pytest.mark.parametrize(
+    ("make", "shared"),
+    [
+        (lambda: keras.optimizers.SGD(0.3, global_clipnorm=0.1), False),
+        (lambda: keras.optimizers.SGD(0.3, momentum=0.9, clipnorm=0.1), False),
+        (lambda: keras.optimizers.SGD(0.3, clipvalue=0.1), True),
+        (lambda: keras.optimizers.Adam(global_clipnorm=0.1), True),
+        (lambda: keras.optimizers.AdamW(clipnorm=0.1), True),
+        (lambda: keras.optimizers.Lion(global_clipnorm=0.1), False),
+    ],
+)
+def test_a_product_that_is_multiplied_again_is_not_shared(make, shared, joints):
     """TensorFlow multiplies scalars first, which another operation between prevents."""
-    fast, _ = train(keras.optimizers.SGD(0.3, **arguments), True)
-    stock, _ = train(keras.optimizers.SGD(0.3, **arguments), False)
+    fast, _ = train(make(), True)
+    stock, _ = train(make(), False)
     assert_equal_bitwise(fast, stock)
-    assert not joints
+    assert bool(joints) == shared
+
+
+def test_a_model_in_half_precision_is_stock_keras_bit_for_bit(joints):
+    x = np.random.default_rng(0).standard_normal((48, 4)).astype("float32")
+
+    def fitted(cls):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        outputs = inputs
+        for _ in range(3):
+            outputs = keras.layers.Dense(
+                4, "tanh", kernel_regularizer="l2", dtype="mixed_bfloat16"
+            )(outputs)
+        model = cls(inputs, keras.layers.Dense(1)(outputs))
+        model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=False)
+        model.fit(x, x[:, :1], epochs=3, batch_size=16, verbose=0)
+        return model.get_weights()
+
+    assert_equal_bitwise(fitted(TapeModel), fitted(keras.Model))
+    assert joints
