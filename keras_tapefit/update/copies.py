@@ -142,7 +142,7 @@ class Template:
     def shared(self) -> dict[str, tf.Tensor]:
         """Returns the tensors that are the same for all copies, made the first time."""
         if self._shared is None:
-            given = {name: _in_graph(tensor) for name, tensor in self._given.items()}
+            given = {name: in_graph(tensor) for name, tensor in self._given.items()}
             made = [name for name in self._handed_on if name not in given]
             tensors = _import(self._once, given, made)
             self._shared = {**given, **dict(zip(made, tensors, strict=True))}
@@ -165,20 +165,21 @@ class Copies:
         self._count = 0
         self._waiting: dict[Any, tuple[Template, list[_Member]]] = {}
 
-    def add(self, template: Template, tensors: dict[str, Any], shape: Any, joinable: bool) -> None:
+    def add(
+        self, template: Template, tensors: dict[str, Any], shape: Any, device: Any = None
+    ) -> None:
         """Adds a copy.
 
         Args:
             template: what is copied.
-            tensors: what is replaced, by name.
+            tensors: what is replaced, by name, in the graph.
             shape: of the variable.
-            joinable: whether it may share operations with others.
+            device: where the variable and its slots are; those of one device may share
+                operations. `None`: they may not.
         """
-        member = _Member({name: _in_graph(tensor) for name, tensor in tensors.items()}, shape)
         # Along the first axis they can be joined as they are.
-        places = [t.device for t in member.tensors.values() if t.dtype == tf.resource]
-        kind = (id(template), tuple(shape[1:]), *places) if joinable else object()
-        self._waiting.setdefault(kind, (template, []))[1].append(member)
+        kind = object() if device is None else (id(template), tuple(shape[1:]), device)
+        self._waiting.setdefault(kind, (template, []))[1].append(_Member(tensors, shape))
 
     def make(self) -> None:
         """Puts the copies into the current graph."""
@@ -395,7 +396,8 @@ def _renamed(name: str, prefix: str) -> str:
     return f"^{prefix}/{name[1:]}" if name.startswith("^") else f"{prefix}/{name}"
 
 
-def _in_graph(tensor: Any) -> tf.Tensor:
+def in_graph(tensor: Any) -> tf.Tensor:
+    """Returns a tensor as one of the graph that is being traced."""
     if tensor.dtype == tf.resource:
         # It must stay what it is, or the order of what is done to it would be lost.
         return tf.convert_to_tensor(tensor)

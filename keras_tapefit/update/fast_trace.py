@@ -33,7 +33,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tapefit.update.copies import Copies, Differs, Template, maker
+from keras_tapefit.update.copies import Copies, Differs, Template, in_graph, maker
 
 # What an optimizer may ask a variable for without learning which one it is.
 _ALIKE = frozenset(
@@ -187,7 +187,7 @@ class _Function:
         self._gradient = function.inputs[0].name
         self._own = {self._gradient: 0, **own}
         self._template = Template(function.graph, list(self._own), common)
-        self._joinable = self._template.can_be_shared(gradient.shape)
+        self._can_be_shared = self._template.can_be_shared(gradient.shape)
 
     def share(self, templates: dict[Any, Template]) -> None:
         """Takes the template of another kind of variable where it is the same."""
@@ -197,9 +197,12 @@ class _Function:
 
     def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: Copies) -> None:
         values = [gradient, _handle(variable), *map(_handle, row)]
-        tensors = {name: values[place] for name, place in self._own.items()}
-        is_apart = not self._template.may_merge(self._gradient, maker(gradient))
-        copies.add(self._template, tensors, gradient.shape, self._joinable and is_apart)
+        tensors = {name: in_graph(values[place]) for name, place in self._own.items()}
+        device = None
+        made_by = maker(tensors[self._gradient])
+        if self._can_be_shared and not self._template.may_merge(self._gradient, made_by):
+            device = tuple(h.device for h in values[1:] if h is not None)
+        copies.add(self._template, tensors, gradient.shape, device)
 
 
 def _captures(

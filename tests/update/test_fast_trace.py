@@ -371,3 +371,31 @@ def test_a_model_in_half_precision_is_stock_keras_bit_for_bit(joints):
 
     assert_equal_bitwise(fitted(TapeModel), fitted(keras.Model))
     assert joints
+
+
+def test_gradients_may_be_constants_from_outside(joints):
+    """As a custom step may make them."""
+    gradients = [tf.ones(shape) for shape in SHAPES]
+
+    def train_once(fast):
+        optimizer, variables = keras.optimizers.SGD(0.1), make_variables()
+        optimizers.build(optimizer, variables)
+
+        @tf.function(autograph=False)
+        def step():
+            with fast_trace.traced_once([optimizer] if fast else []):
+                optimizer.apply(gradients, variables)
+
+        step()
+        return [v.numpy() for v in variables]
+
+    assert_equal_bitwise(train_once(True), train_once(False))
+    assert joints
+
+
+def test_variables_on_different_devices_are_not_shared():
+    shape, template = tf.TensorShape([3]), object()
+    waiting = copies.Copies()
+    for device in ("/device:CPU:0", "/device:GPU:0", "/device:CPU:0", None, None):
+        waiting.add(template, {}, shape, device)
+    assert [len(members) for _, members in waiting._waiting.values()] == [2, 1, 1, 1]
