@@ -399,3 +399,22 @@ def test_variables_on_different_devices_are_not_shared():
     for device in ("/device:CPU:0", "/device:GPU:0", "/device:CPU:0", None, None):
         waiting.add(template, {}, shape, device)
     assert [len(members) for _, members in waiting._waiting.values()] == [2, 1, 1, 1]
+
+
+class SumOfSums(Program):
+    """An optimizer that adds to what it has added to."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        first, second = self.firsts[index], self.seconds[index]
+        self.assign(second, keras.ops.maximum(first, -9.0))
+        self.assign_add(first, keras.ops.maximum(gradient, -9.0))
+        self.assign_sub(variable, keras.ops.add(keras.ops.abs(gradient), first))
+
+
+def test_a_sum_is_not_taken_apart(joints):
+    """TensorFlow may add terms of the same shape in another order."""
+    fast, _ = train(SumOfSums(0), True)
+    stock, _ = train(SumOfSums(0), False)
+    assert_equal_bitwise(fast, stock)
+    assert joints
