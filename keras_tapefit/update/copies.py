@@ -35,7 +35,7 @@ _TAKEN_OUT = frozenset(
     "EnsureShape Identity IdentityN PreventGradient Reshape StopGradient".split()
 )
 # Those that it may put together, so that they round in another order.
-_SUM = frozenset({"Add", "AddN", "AddV2", "Neg", "Sub"})
+_SUM = frozenset({"Add", "AddN", "AddV2"})
 _PRODUCT = frozenset("DivNoNan Mul MulNoNan Neg RealDiv Reciprocal Sqrt Rsqrt".split())
 # Of the elements of a variable, beyond which its copy costs more than the operations, and of
 # those that are joined, so that they stay in a processor's cache.
@@ -117,7 +117,7 @@ class Template:
                 return True
             both_sums = op_type in _SUM and op.type in _SUM
             # A factor that terms have in common may be taken out of their sum.
-            is_product = op_type in _PRODUCT and op.type in _PRODUCT | {"Add", "AddN", "AddV2"}
+            is_product = op_type in _PRODUCT and op.type in _PRODUCT | _SUM
             if both_sums or is_product:
                 return True
         return False
@@ -163,6 +163,7 @@ class Copies:
         self._nodes = _Nodes()
         self._tensors: dict[str, Any] = {}
         self._count = 0
+        self._are_apart = False
         self._waiting: dict[Any, tuple[Template, list[_Member]]] = {}
 
     def add(
@@ -181,10 +182,19 @@ class Copies:
         kind = object() if device is None else (id(template), tuple(shape[1:]), device)
         self._waiting.setdefault(kind, (template, []))[1].append(_Member(tensors, shape))
 
+    def keep_apart(self) -> None:
+        """Has no copies of this graph share operations.
+
+        TensorFlow puts what made a gradient together with what is computed of it, for one
+        variable at least. How it does so may depend on who else uses what it is made of.
+        """
+        self._are_apart = True
+
     def make(self) -> None:
         """Puts the copies into the current graph."""
         for template, members in self._waiting.values():
-            for group in _divided(members):
+            groups = [[m] for m in members] if self._are_apart else _divided(members)
+            for group in groups:
                 self._make(template, group)
         if self._count:
             _import(self._nodes.definition, self._tensors, [])

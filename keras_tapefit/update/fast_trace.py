@@ -198,11 +198,10 @@ class _Function:
     def __call__(self, gradient: tf.Tensor, variable: Any, row: list[Any], copies: Copies) -> None:
         values = [gradient, _handle(variable), *map(_handle, row)]
         tensors = {name: in_graph(values[place]) for name, place in self._own.items()}
-        device = None
-        made_by = maker(tensors[self._gradient])
-        if self._can_be_shared and not self._template.may_merge(self._gradient, made_by):
-            device = tuple(h.device for h in values[1:] if h is not None)
-        copies.add(self._template, tensors, gradient.shape, device)
+        if self._template.may_merge(self._gradient, maker(tensors[self._gradient])):
+            copies.keep_apart()
+        device = tuple(h.device for h in values[1:] if h is not None)
+        copies.add(self._template, tensors, gradient.shape, device if self._can_be_shared else None)
 
 
 def _captures(

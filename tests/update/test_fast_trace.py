@@ -418,3 +418,26 @@ def test_a_sum_is_not_taken_apart(joints):
     stock, _ = train(SumOfSums(0), False)
     assert_equal_bitwise(fast, stock)
     assert joints
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD momentum"])
+def test_gradients_that_hang_together_stay_as_they_are(name, joints):
+    """That of a scale is a product, and made of that of an offset.
+
+    SGD multiplies it by the learning rate. TensorFlow then multiplies in another order where
+    the gradient of the offset is used in another way.
+    """
+    x = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+
+    def fitted(cls):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        outputs = keras.layers.Dense(5, "relu")(inputs)
+        outputs = keras.layers.Dropout(0.25)(keras.layers.BatchNormalization()(outputs))
+        model = cls(inputs, keras.layers.Dense(1)(outputs))
+        model.compile(ALL[name](), "mse", jit_compile=False)
+        model.fit(x, x[:, :1], epochs=4, batch_size=16, verbose=0)
+        return model.get_weights()
+
+    assert_equal_bitwise(fitted(TapeModel), fitted(keras.Model))
+    assert bool(joints) == (name == "Adam")
