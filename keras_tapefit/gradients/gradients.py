@@ -115,9 +115,8 @@ class Gradients:
         self._unique_rows = unique_rows or not any(
             isinstance(g, tf.IndexedSlices) for g in self._values
         )
-        # Each with the graph that it is in.
-        self._norm_cache: tuple[Any, tuple[_norms.Length, tf.Tensor]] | None = None
-        self._joined_cache: tuple[Any, _Joined] | None = None
+        # By name; each with the graph that it is in.
+        self._cache: dict[str, tuple[Any, Any]] = {}
 
     @property
     def variables(self) -> list[Any]:
@@ -342,11 +341,7 @@ class Gradients:
 
     def _length_and_finite(self) -> tuple[_norms.Length, tf.Tensor]:
         """Returns the global norm, and whether all is finite, from one look at the values."""
-        graph = _graph()
-        if self._norm_cache is None or self._norm_cache[0] is not graph:
-            numbers = self.with_unique_rows()._numbers()
-            self._norm_cache = (graph, _norms.joint_length(numbers))
-        return self._norm_cache[1]
+        return self._once("length", lambda: _norms.joint_length(self.with_unique_rows()._numbers()))
 
     def norms(self) -> dict[str, tf.Tensor]:
         """Returns each gradient's norm by the variable's path; `None` is left out."""
@@ -376,14 +371,18 @@ class Gradients:
         joined = self._joined().with_pieces(stored)
         changed = self.with_present(joined.divided())
         changed._unique_rows = self._unique_rows
-        changed._joined_cache = (_graph(), joined)
+        changed._once("joined", lambda: joined)
         return changed
 
     def _joined(self) -> _Joined:
-        graph = _graph()
-        if self._joined_cache is None or self._joined_cache[0] is not graph:
-            self._joined_cache = (graph, _Joined.of(self.present()))
-        return self._joined_cache[1]
+        return self._once("joined", lambda: _Joined.of(self.present()))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns what was made under a name in this graph; makes it the first time."""
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if name not in self._cache or self._cache[name][0] is not graph:
+            self._cache[name] = (graph, make())
+        return self._cache[name][1]
 
     def _subset(self, positions: Sequence[int]) -> Gradients:
         return Gradients(
@@ -394,10 +393,6 @@ class Gradients:
     def _with(self, values: Sequence[Any], unique_rows: bool | None = None) -> Gradients:
         kept = self._unique_rows if unique_rows is None else unique_rows
         return Gradients(zip(values, self._variables, strict=True), unique_rows=kept)
-
-
-def _graph() -> Any:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def _checked(pair: Any) -> tuple[Any, Any]:
