@@ -358,7 +358,7 @@ class Gradients:
         return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
 
     def _numbers(self) -> list[tf.Tensor]:
-        """Returns the numbers that are stored; those of small gradients are one vector.
+        """Returns the numbers that are stored, those of small gradients joined.
 
         For what is done to all of them alike, or together: it takes far fewer operations.
         """

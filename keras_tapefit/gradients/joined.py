@@ -1,4 +1,4 @@
-"""Many small tensors as one vector, for what is done to all their elements alike."""
+"""Many small tensors as one, for what is done to all their elements alike."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ _SMALL = 2**12
 
 
 class Joined(NamedTuple):
-    """Gradients, the small ones of a type joined into one vector.
+    """Gradients, the small ones joined along their first axis where they are alike otherwise.
 
     Attributes:
-        pieces: the vectors, and the gradients that are not small, or sparse.
+        pieces: the joined gradients, and those that stay alone.
         members: of each piece, the positions of the gradients that it consists of.
-        shapes: of all gradients; `None` for a sparse one.
+        sizes: of each piece, the lengths of its members' first axes.
     """
 
     pieces: list[Any]
     members: list[list[int]]
-    shapes: list[Any]
+    sizes: list[list[int]]
 
     @classmethod
     def of(cls, gradients: Sequence[Any]) -> Joined:
         """Joins gradients, of any types and shapes; none is `None`."""
         members: dict[Any, list[int]] = {}
-        shapes = [None if isinstance(g, tf.IndexedSlices) else g.shape for g in gradients]
-        for position, (gradient, shape) in enumerate(zip(gradients, shapes, strict=True)):
-            # Not the type itself, which is equal to a number.
-            kind = gradient.dtype.name if shape is not None and _is_small(shape) else position
+        for position, gradient in enumerate(gradients):
+            kind = _kind(gradient) or position
             members.setdefault(kind, []).append(position)
-        pieces = [
-            gradients[places[0]] if len(places) == 1 else _vector([gradients[p] for p in places])
-            for places in members.values()
-        ]
-        return cls(pieces, list(members.values()), shapes)
+        groups = [[gradients[place] for place in places] for places in members.values()]
+        sizes = [[g.shape[0] for g in group] if len(group) > 1 else [] for group in groups]
+        pieces = [tf.concat(group, 0) if len(group) > 1 else group[0] for group in groups]
+        return cls(pieces, list(members.values()), sizes)
 
     def with_pieces(self, pieces: Sequence[Any]) -> Joined:
         """Returns the same with other pieces of the same shapes."""
@@ -47,28 +44,18 @@ class Joined(NamedTuple):
 
     def divided(self) -> list[Any]:
         """Returns the gradients, in order."""
-        found: list[Any] = [None] * len(self.shapes)
-        for piece, places in zip(self.pieces, self.members, strict=True):
-            shapes = [self.shapes[place] for place in places]
-            parts = [piece]
-            if len(places) > 1:
-                flat = tf.split(piece, [shape.num_elements() for shape in shapes])
-                parts = [_shaped(part, shape) for part, shape in zip(flat, shapes, strict=True)]
-            for part, place in zip(parts, places, strict=True):
-                found[place] = part
-        return found
+        found: dict[int, Any] = {}
+        for piece, places, sizes in zip(self.pieces, self.members, self.sizes, strict=True):
+            parts = tf.split(piece, sizes) if sizes else [piece]
+            found.update(zip(places, parts, strict=True))
+        return [found[place] for place in sorted(found)]
 
 
-def _is_small(shape: tf.TensorShape) -> bool:
-    """Whether tensors of this shape are worth joining."""
-    size = shape.num_elements()
+def _kind(gradient: Any) -> tuple[str, tuple[int, ...]] | None:
+    """Returns what is equal for gradients that are joined; `None`: it stays alone."""
     # XLA makes one program of all of them anyway.
-    return size is not None and size <= _SMALL and not is_in_xla()
-
-
-def _vector(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-    return tf.concat([_shaped(gradient, [-1]) for gradient in gradients], 0)
-
-
-def _shaped(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    return tensor if len(tensor.shape) == len(shape) == 1 else tf.reshape(tensor, shape)
+    if isinstance(gradient, tf.IndexedSlices) or not gradient.shape.rank or is_in_xla():
+        return None
+    size = gradient.shape.num_elements()
+    is_small = size is not None and size <= _SMALL
+    return (gradient.dtype.name, tuple(gradient.shape[1:])) if is_small else None

@@ -212,18 +212,23 @@ def shortened(
     pairs = dict(zip(places, zip(lengths, bounds, strict=True), strict=True))
     numbers = {place: number for number, place in enumerate(pairs)}
     rows = [(value, numbers[place]) for value, place in zip(values, places, strict=True)]
-    roots = tf.stack([root_of_factor(*pair) for pair in pairs.values()])
+    each = [root_of_factor(*pair) for pair in pairs.values()]
+    several = len(each) > 1
+    roots = tf.stack(each) if several else each[0]
     exceeds, is_plain = roots < 1.0, roots > 1e-15
+
+    def unstacked(tensor: tf.Tensor) -> list[tf.Tensor]:
+        return tf.unstack(tensor) if several else [tensor]
 
     def scaled(factors: tf.Tensor, divisors: tf.Tensor | None, select: bool) -> list[tf.Tensor]:
         cast: dict[Any, list[Any]] = {}
-        flags = tf.unstack(exceeds)
+        flags = unstacked(exceeds)
         found = []
         for value, number in rows:
             product = wide(value)
             if product.dtype not in cast:
                 parts = [factors] if divisors is None else [factors, divisors]
-                columns = [tf.unstack(tf.cast(v, product.dtype)) for v in parts]
+                columns = [unstacked(tf.cast(v, product.dtype)) for v in parts]
                 cast[product.dtype] = list(zip(*columns, strict=True))
             product = tf.cast(times(product, *cast[product.dtype][number]), value.dtype)
             # Not the product with 1: it loses the smallest floats.
@@ -234,7 +239,6 @@ def shortened(
         # Branches would cost more than the values do; XLA takes minutes for some.
         factors = tf.where(is_plain, roots * roots, roots)
         return scaled(factors, tf.where(is_plain, tf.ones_like(roots), 1.0 / roots), True)
-    several = len(pairs) > 1
     # One choice of three: what is traced in each takes most of the time to the first step.
     kind = tf.cast(tf.reduce_any(exceeds), tf.int32) + tf.cast(~tf.reduce_all(is_plain), tf.int32)
     branches = [

@@ -27,7 +27,7 @@ class LogEntries:
         self._of_training: set[str] = set()
         self._of_validation: set[str] = set()
         self.state = keras.Variable(
-            tf.zeros((2, capacity)),
+            tf.zeros((capacity, 2)),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -71,24 +71,17 @@ class LogEntries:
         names.update(entry.name for entry in entries)
         counts = tf.stack([tf.cast(entry.weight, tf.float32) for entry in entries])
         values = tf.stack([entry.value for entry in entries]) * counts
+        rows = tf.stack([values, counts], axis=1)
         if accepted is not None:
-            from_hook = tf.constant([entry.hook is not None for entry in entries])
-            counted = accepted | ~from_hook
-            values = tf.where(counted, values, 0.0)
-            counts = tf.where(counted, counts, 0.0)
-        update = tf.stack(
-            [
-                tf.math.unsorted_segment_sum(values, slots, self.capacity),
-                tf.math.unsorted_segment_sum(counts, slots, self.capacity),
-            ]
-        )
-        self.state.assign(self.state.value + update)
+            from_hook = tf.constant([[entry.hook is not None] for entry in entries])
+            rows = tf.where(accepted | ~from_hook, rows, 0.0)
+        self.state.value.scatter_add(tf.IndexedSlices(rows, tf.constant(slots)))
 
     def results(self, names: Sequence[str]) -> dict[str, tf.Tensor]:
         """Returns each entry's mean, or sum, over the steps since the last reset."""
         if not names:
             return {}
-        totals, counts = tf.unstack(tf.convert_to_tensor(self.state.value))
+        totals, counts = tf.unstack(tf.convert_to_tensor(self.state.value), axis=1)
         # The mean of no steps is NaN.
         means = totals / counts
         sources = {"mean": means, "sum": totals}
@@ -104,7 +97,7 @@ class LogEntries:
             return 0, 0
         slot = self._entries["skipped_steps"][0]
         copies = getattr(self.state.value, "values", [self.state.value])
-        skipped, steps = copies[0].numpy()[:, slot]
+        skipped, steps = copies[0].numpy()[slot]
         return int(steps - skipped), int(skipped)
 
     def names(self, owners: Collection[Any], validation: bool = False) -> list[str]:
@@ -121,25 +114,25 @@ class LogEntries:
     def values(self) -> tuple[dict[str, str], np.ndarray]:
         """Returns the reduction of each entry, and their sums and counts, `[2, entries]`."""
         slots = [slot for slot, _ in self._entries.values()]
-        values = np.asarray(keras.ops.convert_to_numpy(self.state))[:, slots]
+        values = np.asarray(keras.ops.convert_to_numpy(self.state))[slots].T
         return {name: reduction for name, (_, reduction) in self._entries.items()}, values
 
     def restore(self, reductions: dict[str, str], values: np.ndarray) -> None:
         """Puts back what `values` gave; the hooks of the names may report them later."""
-        state = np.zeros((2, self.capacity), "float32")
+        state = np.zeros((self.capacity, 2), "float32")
         for (name, reduction), column in zip(reductions.items(), values.T, strict=True):
             if name not in self._entries:
                 used = {slot for slot, _ in self._entries.values()}
                 slot = next(s for s in range(self.capacity) if s not in used)
                 self._entries[name], self._owners[name] = (slot, reduction), _RESTORED
-            state[:, self._entries[name][0]] = column
+            state[self._entries[name][0]] = column
         self._of_training.update(reductions)
         self.state.assign(state)
 
     def reset(self) -> None:
         """Begins a new epoch."""
         self._drop({name for name, owner in self._owners.items() if owner is _RESTORED})
-        self.state.assign(tf.zeros((2, self.capacity)))
+        self.state.assign(tf.zeros((self.capacity, 2)))
 
     def _drop(self, names: set[str]) -> None:
         for name in names:

@@ -5,6 +5,7 @@ Private names used here: `Model._loss_tracker`, `_assert_compile_called`, `_init
 `multi_step_on_iterator` in it, `_get_metrics_result_or_logs`,
 `_distribute_strategy`, `_symbolic_build`, `_maybe_symbolic_build`, `_compile_metrics`,
 `_compile_loss`, `TFEpochIterator._distributed_dataset`,
+`keras.src.models.functional.Functional`,
 `keras.src.backend.compute_output_spec`,
 `keras.src.backend.tensorflow.trainer.reduce_per_replica`, and of
 `keras.src.backend.common.masking` `get_keras_mask` and `set_keras_mask`.
@@ -22,8 +23,19 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
+from keras.src.models.functional import Functional
 
 from keras_tapefit.update import replicas
+
+
+def function_of(method: Any) -> Any:
+    """Returns the function that a method is made of, of a class or set on an instance."""
+    return getattr(method, "__func__", method)
+
+
+def overrides(model: Any, *names: str) -> bool:
+    """Whether a model has methods of its own instead of those of `keras.Model`."""
+    return any(function_of(getattr(model, n)) is not getattr(keras.Model, n) for n in names)
 
 
 def forward(model: Any, x: Any, training: bool) -> Any:
@@ -253,38 +265,52 @@ def _spec_of(epoch_iterator: Any, data_batch: Any) -> Any:
     return getattr(epoch_iterator._distributed_dataset, "element_spec", None)
 
 
+def shows_outputs(model: Any) -> bool:
+    """Whether losses and metrics see nothing but the known outputs of a model."""
+    is_known = function_of(model.call) in (Functional.call, keras.Sequential.call)
+    return is_known and not overrides(model, "compute_loss", "compute_metrics")
+
+
 def build_losses(model: Any, epoch_iterator: Any, data_batch: Any) -> None:
     """Makes losses and metrics of a model whose outputs are known, without a call of any.
 
     Args:
-        model: the model; one without `outputs` is left to its first step.
+        model: a model that `shows_outputs`; one that has none yet is left to its first step.
         epoch_iterator: the `TFEpochIterator` of `fit` or `evaluate`, or `None`.
         data_batch: a batch, if `iterator` is `None`.
     """
     both = [m for m in (model._compile_metrics, model._compile_loss) if m is not None]
     missing = [m for m in both if not m.built]
     spec = _spec_of(epoch_iterator, data_batch)
-    outputs = getattr(model, "outputs", None)
     # Asked before each call of `train_on_batch` too.
-    if not missing or spec is None or not outputs or model.optimizer is None:
+    if not missing or spec is None or not getattr(model, "outputs", None):
         return
-    # A Sequential does not know the structure, which is one tensor.
-    outputs = outputs[0] if isinstance(model, keras.Sequential) else model.output
-
-    def symbolic(value: Any) -> Any:
-        return None if value is None else keras.KerasTensor(value.shape, value.dtype.name)
+    if model.optimizer is None:
+        return
+    outputs = model.outputs if isinstance(model, keras.Sequential) else model.output
+    if isinstance(outputs, list | tuple) and len(outputs) == 1:
+        # A call returns it alone.
+        outputs = outputs[0]
 
     # Not by calling them: they may count their calls, or draw numbers.
     try:
         _, y, _ = keras.utils.unpack_x_y_sample_weight(spec)
         if y is None:
             return
-        y = keras.tree.map_structure(symbolic, y)
+        # Not as Keras's symbolic tensors, whose names it would take for those of losses.
+        y, outputs = (keras.tree.map_structure(_described, tree) for tree in (y, outputs))
+        # As the call of a loss has it: a list may stand for a tuple.
+        keras.tree.assert_same_paths(y, outputs)
+        arranged = keras.tree.pack_sequence_as(outputs, keras.tree.flatten(y))
         for each in missing:
-            each.build(y, outputs)
+            each.build(arranged if each is model._compile_loss else y, outputs)
     except Exception:
         # The first step builds what is left, or shows what is wrong.
         return
+
+
+def _described(value: Any) -> Any:
+    return None if value is None else tf.TensorSpec(value.shape, value.dtype)
 
 
 def build(model: Any, data_batch: Any) -> None:

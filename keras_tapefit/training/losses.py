@@ -255,7 +255,7 @@ def additional(model: Any) -> list[tf.Tensor]:
 
 def overrides_compute_loss(model: Any) -> bool:
     """Whether the loss is computed in a way of the model's own."""
-    return type(model).compute_loss is not keras.Model.compute_loss
+    return keras_trainer.overrides(model, "compute_loss")
 
 
 def track_terms(model: Any, terms: dict[int, tf.Tensor], y_pred: Any, num_replicas: int) -> None:

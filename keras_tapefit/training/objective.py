@@ -328,7 +328,7 @@ class ModelObjective:
             # XLA has to know the size of each part, and replicas meet in the forward pass.
             return False
         # Outside the loop nothing can be read but what it returns.
-        custom = type(self._model).compute_metrics is not keras.Model.compute_metrics
+        custom = keras_trainer.overrides(self._model, "compute_metrics")
         return not custom and open_step(self._runtime) is None and self._runtime.taps() is None
 
     def masks(self, outputs: Any) -> list[Any]:

@@ -234,11 +234,13 @@ class TapeTrainer(GradientsByHand):
         if iterator is None or not strategies.needs_own_build(self):
             if not keras_trainer.is_built(self):
                 keras_trainer.build_from_spec(self, iterator, data_batch)
-            elif _is_plain(self) or runtime.trace_source is not None or runtime.clock_restores():
-                # Else the first step makes losses and metrics, and is traced twice for it. Nor
-                # must they be made by a trace that is kept, and those of an epoch that is
-                # continued have values before the first step.
+            elif _is_plain(self):
+                # Else the first step makes losses and metrics, and is traced twice for it.
                 keras_trainer.build_losses(self, iterator, data_batch)
+            elif runtime.trace_source is not None or runtime.clock_restores():
+                # They must not be made by a trace that is kept, and those of an epoch that
+                # is continued have values before the first step.
+                keras_trainer.build_from_spec(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:
             keras_trainer.symbolic_build(self, strategies.local_batch(iterator, self))
@@ -301,14 +303,13 @@ class TapeTrainer(GradientsByHand):
 
 
 def _has_custom_step(model: Any) -> bool:
-    return getattr(model.train_step, "__func__", None) is not TapeTrainer.train_step
+    return keras_trainer.function_of(model.train_step) is not TapeTrainer.train_step
 
 
 def _is_plain(model: Any) -> bool:
-    """Whether losses and metrics see nothing but the known outputs of a model."""
-    names = ("call", "compute_loss", "compute_metrics", "test_step")
-    written = {getattr(type(model), n).__module__.partition(".")[0] for n in names}
-    return not _has_custom_step(model) and written <= {"keras", "keras_tapefit"}
+    """Whether a model's steps show its outputs to its losses and metrics, and only those."""
+    is_own = keras_trainer.function_of(model.test_step) is TapeTrainer.test_step
+    return is_own and not _has_custom_step(model) and keras_trainer.shows_outputs(model)
 
 
 def _warn_of_nothing_to_train(model: Any) -> None:

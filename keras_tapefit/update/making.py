@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -291,7 +292,7 @@ def _parts(norms: Any, scale: Any, whole: Gradients) -> Parts | None:
 def _verdict(step: Step) -> tf.Tensor | None:
     if not step.rejections:
         return None
-    return ~tf.reduce_any(tf.stack(step.rejections))
+    return ~functools.reduce(operator.or_, step.rejections)
 
 
 def _and(a: tf.Tensor | None, b: tf.Tensor | None) -> tf.Tensor | None:

@@ -1,4 +1,4 @@
-"""Small gradients as one vector: the same numbers, in their places."""
+"""Small gradients as one: the same numbers, in their places."""
 
 import keras
 import numpy as np
@@ -9,13 +9,13 @@ from keras_tapefit import Gradients, TapeModel, hooks
 from keras_tapefit.gradients import xla
 from keras_tapefit.gradients.joined import Joined
 
-SHAPES = [(3, 4), (), (0, 5), (5000, 2), (7,), (1,), (2, 1, 2)]
+SHAPES = [(3, 4), (), (0, 4), (5000, 2), (7,), (1,), (2, 1, 2), (2, 4)]
 
 
 def make(rng):
     """Gradients of several shapes, large ones, half precision and a sparse one."""
     dense = [tf.constant(rng.standard_normal(shape), tf.float32) for shape in SHAPES]
-    half = [tf.constant(rng.standard_normal(shape), tf.float16) for shape in [(3, 2), (2,)]]
+    half = [tf.constant(rng.standard_normal(shape), tf.float16) for shape in [(3, 4), (1, 4)]]
     sparse = tf.IndexedSlices(tf.ones((2, 3)), tf.constant([3, 0]), tf.constant([4, 3]))
     return [*dense[:2], half[0], sparse, *dense[2:], half[1]]
 
@@ -26,8 +26,8 @@ def test_all_come_back_as_they_were(traced):
 
     def there_and_back():
         joined = Joined.of(given)
-        # The small ones of each type, a large one and a sparse one.
-        assert len(joined.pieces) == 4
+        # Three of rows of four, two vectors, two of half precision; the others are alone.
+        assert len(joined.pieces) == 7
         return joined.divided()
 
     back = tf.function(there_and_back)() if traced else there_and_back()
