@@ -88,7 +88,7 @@ def steps(rounds: int) -> Lines:
     subjects = [workloads.small_mlp(), workloads.conv_classifier(), workloads.transformer()]
     subjects += [workloads.lstm(), workloads.dense_stack(100), workloads.resnet()]
     for workload in subjects:
-        number = 200 if workload.name == "small MLP" else 5
+        number = {"small MLP": 200, "202 variables": 50}.get(workload.name, 5)
         update: dict[str, Any] = {"gradient_hooks": one_hook(), "jit_compile": "update"}
         models = {
             "stock": compiled(workload, keras.Model, stock_clipping()),
