@@ -143,14 +143,16 @@ class MicroBatches(GradientMethod):
         scalars, rows = ([array(v) for v in _tensors(t)] for t in (first.scalars(), first.rows))
         variables = [tf.constant(0), [total.present() for total in sums], scalars, rows]
         invariants = tf.nest.map_structure(_any_number_of_rows, variables)
-        _, present, scalars, rows = tf.while_loop(
-            lambda i, *_: i < number,
-            body,
-            variables,
-            shape_invariants=invariants,
-            parallel_iterations=1,
-            maximum_iterations=number,
-        )
+        # It begins with what is ready: without the tie, during the first part.
+        with tf.control_dependencies(_values(sums)):
+            _, present, scalars, rows = tf.while_loop(
+                lambda i, *_: i < number,
+                body,
+                variables,
+                shape_invariants=invariants,
+                parallel_iterations=1,
+                maximum_iterations=number,
+            )
         columns = [tf.unstack(a.stack(), number) for a in scalars]
         parts = [first.with_scalars(values) for values in zip(*columns, strict=True)]
         joined = _filled(first.rows, [a.concat() for a in rows])

@@ -412,12 +412,14 @@ def _over_chunks(
         return start + chunk_size, added, clipped + more
 
     sums, clipped = at(tf.constant(0))
-    _, sums, clipped = tf.while_loop(
-        lambda start, *_: start < size,
-        body,
-        (tf.constant(chunk_size), sums, clipped),
-        parallel_iterations=1,
-    )
+    # It begins with what is ready: without the tie, during the first chunk.
+    with tf.control_dependencies([*sums, clipped]):
+        _, sums, clipped = tf.while_loop(
+            lambda start, *_: start < size,
+            body,
+            (tf.constant(chunk_size), sums, clipped),
+            parallel_iterations=1,
+        )
     return sums, clipped
 
 

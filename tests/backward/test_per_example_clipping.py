@@ -1,5 +1,8 @@
 """DP-SGD against a loop over examples in float64."""
 
+import functools
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -135,6 +138,39 @@ def test_a_last_batch_that_is_not_full():
         for v, g in zip(other.trainable_variables, found, strict=True):
             v.assign_sub(0.1 * g)
     assert_same_weights(model, other)
+
+
+def test_a_chunk_begins_after_the_one_before_has_ended():
+    """Else the gradients of more examples would be in memory."""
+    order = []
+
+    def noted(name, seconds, value):
+        def note(value):
+            time.sleep(seconds)
+            order.append((name, int(np.ravel(value)[0])))
+            return value
+
+        return tf.ensure_shape(tf.numpy_function(note, [value], value.dtype), value.shape)
+
+    @tf.custom_gradient
+    def watched(value):
+        return noted("forward", 0.0, value), functools.partial(noted, "backward", 0.05)
+
+    class Watched(Linear):
+        def call(self, x):
+            return watched(super().call(x))
+
+    model = Watched()
+    method = backward.PerExampleClipping(1.0, chunk_size=2)
+    model.compile("sgd", lambda y, p: p, backward=method, jit_compile=False)
+    model.build((None, 1))
+    model.w.assign([1.0])
+    x = np.arange(6, dtype="float32")[:, None]
+    model.fit(x, np.zeros(6), batch_size=6, shuffle=False, verbose=0)
+    for chunk in range(3):
+        first = min(order.index(("forward", example)) for example in (2 * chunk, 2 * chunk + 1))
+        ended = [name for name, _ in order[:first]].count("backward")
+        assert ended >= 2 * chunk, order
 
 
 def test_without_a_bound_it_is_the_gradient():
