@@ -15,7 +15,7 @@ variables are treated alike, Keras's own tracing takes over.
 
 Private names used here: `TFOptimizer._distributed_tf_update_step` (that it calls
 `self.update_step(gradient, variable, learning_rate)` with a `tf.Variable`, for all
-variables of one `apply`), `_all_reduce_sum_gradients`,
+variables of one `apply`),
 `BaseOptimizer._get_variable_index`, `_trainable_variables_indices`,
 `_trainable_variables` and `_variables`. Checked with Keras 3.15.1 and TensorFlow 2.21;
 `tests/update/test_fast_trace.py` fails when they change.
@@ -77,26 +77,17 @@ def traced_once(optimizers: Sequence[Any]) -> Iterator[None]:
         and getattr(optimizer, "trace_update_once", True)
         and "update_step" not in optimizer.__dict__
     ]
-    replaced = []
     for optimizer in patched:
-        update_step = _UpdateStep(optimizer)
-        own = {
-            "update_step": update_step,
-            "_distributed_tf_update_step": update_step.all_steps,
-            # One replica has nothing to sum. What Keras's sum leaves in the graph here has
-            # all updates wait for the last gradient.
-            "_all_reduce_sum_gradients": list,
-        }
-        missing = {name: value for name, value in own.items() if name not in vars(optimizer)}
         # Past Keras's attribute tracking.
-        optimizer.__dict__.update(missing)
-        replaced.append((optimizer, missing))
+        update_step = _UpdateStep(optimizer)
+        optimizer.__dict__["update_step"] = update_step
+        optimizer.__dict__["_distributed_tf_update_step"] = update_step.all_steps
     try:
         yield
     finally:
-        for optimizer, names in replaced:
-            for name in names:
-                optimizer.__dict__.pop(name, None)
+        for optimizer in patched:
+            optimizer.__dict__.pop("update_step", None)
+            optimizer.__dict__.pop("_distributed_tf_update_step", None)
 
 
 class _UpdateStep:
