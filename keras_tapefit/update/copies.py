@@ -155,6 +155,14 @@ class _Member(NamedTuple):
     tensors: dict[str, Any]
     shape: tf.TensorShape
 
+    def without_barrier(self) -> _Member:
+        """Returns the same with each tensor as it was before an `IdentityN`.
+
+        Keras's sum over one replica leaves one in the graph, which has all updates wait for
+        the last gradient.
+        """
+        return self._replace(tensors={name: _source(t) for name, t in self.tensors.items()})
+
 
 class Copies:
     """Copies of templates, each with its own inputs, that go into a graph at once."""
@@ -193,7 +201,10 @@ class Copies:
     def make(self) -> None:
         """Puts the copies into the current graph."""
         for template, members in self._waiting.values():
-            groups = [[m] for m in members] if self._are_apart else _divided(members)
+            if self._are_apart:
+                groups = [[member] for member in members]
+            else:
+                groups = _divided([member.without_barrier() for member in members])
             for group in groups:
                 self._make(template, group)
         if self._count:
@@ -359,6 +370,12 @@ def maker(tensor: tf.Tensor) -> str:
     while tensor.op.type in _TAKEN_OUT:
         tensor = tensor.op.inputs[tensor.value_index]
     return tensor.op.type
+
+
+def _source(tensor: tf.Tensor) -> tf.Tensor:
+    while tensor.op.type == "IdentityN":
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor
 
 
 def _divided(members: Sequence[_Member]) -> list[list[_Member]]:

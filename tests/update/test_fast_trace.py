@@ -441,3 +441,22 @@ def test_gradients_that_hang_together_stay_as_they_are(name, joints):
 
     assert_equal_bitwise(fitted(TapeModel), fitted(keras.Model))
     assert bool(joints) == (name == "Adam")
+
+
+@pytest.mark.parametrize(("name", "waits"), [("Adam", False), ("SGD clipped", True)])
+def test_an_update_waits_for_other_gradients_only_where_it_would_round_differently(name, waits):
+    make = {
+        "Adam": keras.optimizers.Adam,
+        "SGD clipped": lambda: keras.optimizers.SGD(clipnorm=1.0),
+    }
+    optimizer, variables = make[name](), make_variables()
+    optimizers.build(optimizer, variables)
+
+    @tf.function(autograph=False)
+    def step(gradients):
+        with fast_trace.traced_once([optimizer]):
+            optimizer.apply(gradients, variables)
+
+    graph = step.get_concrete_function([tf.TensorSpec(shape) for shape in SHAPES]).graph
+    read = {t.op.type for op in graph.get_operations() for t in op.inputs if "update" in op.name}
+    assert ("IdentityN" in read) == waits
