@@ -25,7 +25,7 @@ _KERAS_COMPILE = keras.Model.compile
 
 def is_of_keras(compile: Any) -> bool:
     """Whether a model's `compile` is that of `keras.Model` itself."""
-    return getattr(compile, "__func__", None) is _KERAS_COMPILE
+    return keras_trainer.function_of(compile) is _KERAS_COMPILE
 
 
 def passed_on(compile: Compile) -> Compile:

@@ -232,14 +232,14 @@ class TapeTrainer(GradientsByHand):
         if iterator is not None and not runtime.evaluating:
             runtime.may_run_out = keras_trainer.may_run_out(iterator)
         if iterator is None or not strategies.needs_own_build(self):
-            if not keras_trainer.is_built(self):
-                keras_trainer.build_from_spec(self, iterator, data_batch)
-            elif _is_plain(self):
-                # Else the first step makes losses and metrics, and is traced twice for it.
+            # Losses and metrics must not be made by a trace that is kept, and those of an
+            # epoch that is continued have values before the first step.
+            early = runtime.trace_source is not None or runtime.clock_restores()
+            is_built = keras_trainer.is_built(self)
+            if is_built and _is_plain(self):
+                # Else the first step makes them, and is traced twice for it.
                 keras_trainer.build_losses(self, iterator, data_batch)
-            elif runtime.trace_source is not None or runtime.clock_restores():
-                # They must not be made by a trace that is kept, and those of an epoch that
-                # is continued have values before the first step.
+            elif early or not is_built:
                 keras_trainer.build_from_spec(self, iterator, data_batch)
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         else:

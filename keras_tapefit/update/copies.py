@@ -9,7 +9,7 @@ of which round exactly, so it is the same to the last bit wherever it stands in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -161,7 +161,8 @@ class _Member(NamedTuple):
         Keras's sum over one replica leaves one in the graph, which has all updates wait for
         the last gradient.
         """
-        return self._replace(tensors={name: _source(t) for name, t in self.tensors.items()})
+        sources = {n: _source(t, {"IdentityN"}) for n, t in self.tensors.items()}
+        return self._replace(tensors=sources)
 
 
 class Copies:
@@ -191,7 +192,7 @@ class Copies:
         self._waiting.setdefault(kind, (template, []))[1].append(_Member(tensors, shape))
 
     def keep_apart(self) -> None:
-        """Has no copies of this graph share operations.
+        """Has no copies of this graph share operations, and each wait for all gradients.
 
         TensorFlow puts what made a gradient together with what is computed of it, for one
         variable at least. How it does so may depend on who else uses what it is made of.
@@ -367,13 +368,12 @@ class _Joint:
 
 def maker(tensor: tf.Tensor) -> str:
     """Returns the type of the operation that made a tensor."""
-    while tensor.op.type in _TAKEN_OUT:
-        tensor = tensor.op.inputs[tensor.value_index]
-    return tensor.op.type
+    return _source(tensor, _TAKEN_OUT).op.type
 
 
-def _source(tensor: tf.Tensor) -> tf.Tensor:
-    while tensor.op.type == "IdentityN":
+def _source(tensor: tf.Tensor, passed_over: Collection[str]) -> tf.Tensor:
+    """Returns what a tensor was before operations of some types."""
+    while tensor.op.type in passed_over:
         tensor = tensor.op.inputs[tensor.value_index]
     return tensor
 

@@ -1,13 +1,13 @@
 """`compile(micro_batches=k)`: the parts of a batch give what the whole batch gives."""
 
 import functools
-import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from passes import watched
 
 from keras_tapefit import TapeModel, backward, hooks
 
@@ -232,25 +232,12 @@ def test_one_part_is_traced_however_many_there_are(static):
 def test_a_part_begins_after_the_one_before_has_ended(micro_batches):
     """Else the activations of two parts would be in memory."""
     order = []
-
-    def noted(name, seconds, value):
-        def note(value):
-            time.sleep(seconds)
-            order.append(name)
-            return value
-
-        return tf.ensure_shape(tf.numpy_function(note, [value], value.dtype), value.shape)
-
-    @tf.custom_gradient
-    def watched(value):
-        return noted("forward", 0.0, value), functools.partial(noted, "backward", 0.05)
-
     inputs = keras.Input((6,))
-    hidden = layers.Lambda(watched, output_shape=(3,))(layers.Dense(3)(inputs))
+    hidden = layers.Lambda(watched(order), output_shape=(3,))(layers.Dense(3)(inputs))
     model = TapeModel(inputs, layers.Dense(2)(hidden))
     model.compile("sgd", "mse", micro_batches=micro_batches, jit_compile=False)
     model.fit(X[:12], Y[:12], batch_size=12, verbose=0)
-    assert order == ["forward", "backward"] * micro_batches
+    assert [name for name, _ in order] == ["forward", "backward"] * micro_batches
 
 
 def test_metrics_of_the_models_own_may_read_what_a_layer_kept():
